@@ -1,0 +1,101 @@
+"""The `minitron` command: a table of verbs, exit codes, and one line per error.
+
+It knows each verb's module and nothing of what the verb does. A verb's module offers
+`configure_parser(parser)` and `run(args) -> int`, and imports what is heavy inside `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minitron_build import __version__
+
+EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class Verb(NamedTuple):
+    """Where a verb lives and the line `--help` shows for it."""
+
+    module: str
+    summary: str
+
+
+VERBS: dict[str, Verb] = {
+    "build": Verb("minitron_build.build", "HF checkpoint -> TensorRT-LLM checkpoint -> engine -> bundle"),
+    "serve": Verb("minitron_build.serve", "serve a bundle with Triton until SIGTERM"),
+    "demo": Verb("minitron_build.demo", "build, serve and stream the demo model on this CPU"),
+    "logits": Verb("minitron_build.logits", "next-token logits of a TensorRT-LLM checkpoint, as JSON"),
+    "generate": Verb("minitron_client.generate_command", "stream one completion from a server"),
+    "health": Verb("minitron_client.health_command", "is a server ready, and with which models"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done, 1 refused or failed (one line on stderr), 2 bad usage, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(argv)
+    except SystemExit as stop:  # argparse has already printed
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    return _run_verb(args)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="minitron", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"minitron-trtllm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(name, help=verb.summary, description=verb.summary)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == asked:  # only the verb asked for is imported
+            module = importlib.import_module(verb.module)
+            module.configure_parser(sub)
+            sub.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def _run_verb(args: argparse.Namespace) -> int:
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("minitron: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_REFUSED
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"minitron: {_one_line(error)}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+def _one_line(error: Exception) -> str:
+    """The error as a user should read it; an unexpected one names its type and the way to see more."""
+    from minitron_build.errors import MinitronError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, MinitronError) or getattr(error, "is_minitron_client_error", False):
+        return text
+    if isinstance(error, ModuleNotFoundError):
+        extra = _extra_of(error.name or "")
+        return f"package {error.name} is not installed; install it: pip install 'minitron-trtllm[{extra}]'"
+    if isinstance(error, OSError):
+        return text
+    return f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
+
+
+def _extra_of(package: str) -> str:
+    """Which extra of pyproject.toml brings a missing package."""
+    local = {"torch", "pytriton", "numpy", "transformers"}
+    return "local" if package.split(".")[0] in local else "build"
