@@ -159,7 +159,7 @@ class TrtllmCheckpoint:
 
     @property
     def mapping(self) -> Mapping:
-        """tp x pp of the rank files."""
+        """Tp x pp of the rank files."""
         block = self.config["mapping"]
         return Mapping(int(block["tp_size"]), int(block["pp_size"]))
 
@@ -186,7 +186,9 @@ class TrtllmCheckpoint:
             raise CheckpointError(
                 f"a record that cannot be read ({error})", where=str(checkpoint_dir / CONVERSION_NAME)
             ) from None
-        checkpoint = cls(checkpoint_dir, read_json_object(checkpoint_dir / "config.json"), digest, sources, files)
+        checkpoint = cls(
+            checkpoint_dir, read_json_object(checkpoint_dir / "config.json"), digest, sources, files
+        )
         checkpoint._check_sizes()
         return checkpoint
 

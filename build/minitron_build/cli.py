@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="minitron", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="minitron", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--version", action="version", version=f"minitron-trtllm {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     asked = next((word for word in argv if not word.startswith("-")), None)
@@ -98,4 +100,4 @@ def _one_line(error: Exception) -> str:
 def _extra_of(package: str) -> str:
     """Which extra of pyproject.toml brings a missing package."""
     local = {"torch", "pytriton", "numpy", "transformers"}
-    return "local" if package.split(".")[0] in local else "build"
+    return "local" if package.split(".", maxsplit=1)[0] in local else "build"

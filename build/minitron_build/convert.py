@@ -41,7 +41,7 @@ from minitron_build.checkpoint import (
 from minitron_build.errors import CheckpointError, MachineError, StageError
 from minitron_build.hf_checkpoint import HfCheckpoint
 from minitron_build.model_config import read_json_object
-from minitron_build.safetensors_file import ITEM_BYTES, SafetensorsHeader, TensorInfo, layout_header
+from minitron_build.safetensors_file import ITEM_BYTES, TensorInfo, layout_header
 from minitron_build.weight_map import Mapping, RankTensor, rank_tensors
 
 if TYPE_CHECKING:
@@ -224,7 +224,9 @@ def _finished_checkpoint(plan: ConversionPlan, output_dir: Path, force: bool) ->
     else:
         found = "something that is not a checkpoint of this toolkit"
     raise CheckpointError(
-        f"exists and holds {found}", where=str(output_dir), todo="give another folder, or --force to replace it"
+        f"exists and holds {found}",
+        where=str(output_dir),
+        todo="give another folder, or --force to replace it",
     )
 
 
@@ -264,8 +266,13 @@ def _durable_steps(plan: ConversionPlan, work_dir: Path) -> Journal:
         journal = Journal(int(raw["num_steps"]), tuple(int(size) for size in raw["rank_bytes"]))
     except (CheckpointError, KeyError, TypeError, ValueError):
         return nothing
+    if len(journal.rank_bytes) != plan.mapping.world_size:
+        return nothing
     sizes = [work_dir / rank_name(rank) for rank in range(plan.mapping.world_size)]
-    is_whole = all(file.is_file() and file.stat().st_size >= size for file, size in zip(sizes, journal.rank_bytes))
+    is_whole = all(
+        file.is_file() and file.stat().st_size >= size
+        for file, size in zip(sizes, journal.rank_bytes, strict=True)
+    )
     return journal if raw.get("plan_digest") == plan.digest and is_whole else nothing
 
 
@@ -293,7 +300,9 @@ def _run(plan: ConversionPlan, work_dir: Path, done: Journal, progress: Progress
         for index, step in enumerate(plan.steps):
             if step.shard != shard_index and step.is_first_pass:
                 shard_index = step.shard
-                pipeline.hash_source(shard_index, _read(shards[shard_index], 0, _header_bytes(plan, shard_index)))
+                header = _read(shards[shard_index], 0, plan.source.shards[shard_index].header_bytes)
+                pipeline.hash_source(shard_index, header)
+                progress(header.nbytes)
             for chunk, first_row in _read_chunks(shards[step.shard], step.tensor):
                 pipeline.take(step, chunk, first_row)
                 if step.is_first_pass:
@@ -308,10 +317,6 @@ def _run(plan: ConversionPlan, work_dir: Path, done: Journal, progress: Progress
     _write_records(plan, work_dir, sources, ranks)
 
 
-def _header_bytes(plan: ConversionPlan, shard_index: int) -> int:
-    return plan.source.shards[shard_index].header_bytes
-
-
 def _read(descriptor: int, offset: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Bytes of a file as uint8 [num_bytes]."""
     import numpy as np
@@ -319,7 +324,7 @@ def _read(descriptor: int, offset: int, num_bytes: int) -> np.ndarray[Any, np.dt
     buffer = np.empty(num_bytes, dtype=np.uint8)
     done = 0
     while done < num_bytes:
-        count = os.preadv(descriptor, [memoryview(buffer)[done:]], offset + done)
+        count = os.preadv(descriptor, [buffer.data[done:]], offset + done)
         if count == 0:
             raise OSError(errno.EIO, "the source became shorter while it was read")
         done += count
@@ -341,7 +346,7 @@ def _read_chunks(
 
 
 def _drop_pages_behind(descriptor: int, step: Step) -> None:
-    """Give back page cache that will not be read again: conversion must not push out other programs' pages."""
+    """Give back cached pages that will not be read again: other programs' pages stay."""
     if step.is_first_pass and step.tensor.start > CACHE_BEHIND_BYTES:
         os.posix_fadvise(descriptor, 0, step.tensor.start - CACHE_BEHIND_BYTES, os.POSIX_FADV_DONTNEED)
 
@@ -378,7 +383,7 @@ class Pipeline:
 
     def hash_source(self, shard: int, chunk: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Feed the hash of a source file; chunks come in file order."""
-        self._push([self._source_hasher.submit(self._source_hashes[shard].update, chunk)])
+        self._push([self._source_hasher.submit(self._source_hashes[shard].update, chunk.data)])
 
     def take(self, step: Step, chunk: np.ndarray[Any, np.dtype[np.uint8]], first_row: int) -> None:
         """Hash a chunk of a source tensor and append its parts to the ranks."""
@@ -391,7 +396,7 @@ class Pipeline:
             start = max(target.rows[0] - first_row, 0)
             stop = min(target.rows[1] - first_row, len(rows))
             if start < stop:
-                self._append(target.rank, _cut(rows, start, stop, target.columns))
+                self._append(target.rank, _cut(rows, start, stop, target.columns).data)
 
     def pad(self, step: Step) -> None:
         """Append the zero rows that follow a finished part (vocabulary padding)."""
@@ -418,7 +423,7 @@ class Pipeline:
         }
         return sources, {rank.path.name: rank.digest() for rank in self._ranks}
 
-    def _append(self, rank: int, data: bytes | np.ndarray[Any, Any]) -> None:
+    def _append(self, rank: int, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
         file = self._ranks[rank]
         offset = file.appended_bytes
@@ -442,7 +447,7 @@ class Pipeline:
 
 
 class RankFile:
-    """A rank file that is only appended to; bytes below `durable_bytes` are there and are not written again."""
+    """A rank file that is only appended to; bytes below `durable_bytes` are there already."""
 
     def __init__(self, path: Path, durable_bytes: int) -> None:
         self.path = path
@@ -490,7 +495,7 @@ def as_bf16_rows(chunk: np.ndarray[Any, np.dtype[np.uint8]], tensor: TensorInfo)
 
 
 def round_to_bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """float16 or float32 -> bf16 bits, to nearest even; a NaN becomes 0x7FC0, as in torch."""
+    """float16 or float32 -> bf16 bits, to nearest even; a NaN stays one (0x7FC0)."""
     import numpy as np
 
     bits = values.astype(np.float32).view(np.uint32)
@@ -517,7 +522,10 @@ def _write_records(
     """config.json and conversion.json, the journal gone: the folder is now whole but for its name."""
     config = dump_config(checkpoint_config(plan.source.config, plan.mapping, dtype=OUTPUT_DTYPE))
     write_durably(work_dir / "config.json", config)
-    files = {**ranks, "config.json": FileDigest(hashlib.sha256(config.encode()).hexdigest(), len(config.encode()))}
+    files = {
+        **ranks,
+        "config.json": FileDigest(hashlib.sha256(config.encode()).hexdigest(), len(config.encode())),
+    }
     source_config = (plan.source.path / "config.json").read_bytes()
     sources = {
         **sources,

@@ -16,7 +16,12 @@ from minitron_build.weight_map import hf_ignored, hf_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 """What the serving side takes from the folder; only tokenizer.json is indispensable."""
 
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -79,14 +84,18 @@ def _check_folder(hf_dir: Path) -> None:
         found = kinds[0] if kinds else "a file"
         raise CheckpointError(found, expected="a Hugging Face checkpoint folder", where=str(hf_dir))
     if not hf_dir.is_dir():
-        raise CheckpointError("no such folder", expected="a Hugging Face checkpoint folder", where=str(hf_dir))
+        raise CheckpointError(
+            "no such folder", expected="a Hugging Face checkpoint folder", where=str(hf_dir)
+        )
     if not (hf_dir / "config.json").exists():
         _refuse_foreign_weights(hf_dir, "config.json is missing")
 
 
 def _refuse_foreign_weights(hf_dir: Path, found: str) -> None:
     """Refuse a folder without HF weights, naming what it holds instead."""
-    others = [f"{path.name} ({what})" for pattern, what in FOREIGN_WEIGHTS.items() for path in hf_dir.glob(pattern)]
+    others = [
+        f"{path.name} ({what})" for pattern, what in FOREIGN_WEIGHTS.items() for path in hf_dir.glob(pattern)
+    ]
     raise CheckpointError(
         f"{found}, but it holds {others[0]}" if others else found,
         expected=f"config.json with {SINGLE_NAME} or {INDEX_NAME}",
@@ -106,15 +115,21 @@ def _shard_names(hf_dir: Path) -> list[str]:
         names, source = [SINGLE_NAME], SINGLE_NAME
     else:
         if present:
-            raise CheckpointError(f"{INDEX_NAME} is missing", where=str(hf_dir), todo="fetch it with the shards")
+            raise CheckpointError(
+                f"{INDEX_NAME} is missing", where=str(hf_dir), todo="fetch it with the shards"
+            )
         _refuse_foreign_weights(hf_dir, "no safetensors weights")
         return []
     missing, extra = sorted(set(names) - present), sorted(present - set(names))
     if missing:
-        raise CheckpointError(f"{', '.join(missing)} is missing", where=str(hf_dir), todo=f"{source} names it: fetch it")
+        raise CheckpointError(
+            f"{', '.join(missing)} is missing", where=str(hf_dir), todo=f"{source} names it: fetch it"
+        )
     if extra:
         raise CheckpointError(
-            f"{', '.join(extra)} is not named by {source}", where=str(hf_dir), todo="remove it or fetch the right index"
+            f"{', '.join(extra)} is not named by {source}",
+            where=str(hf_dir),
+            todo="remove it or fetch the right index",
         )
     return names
 

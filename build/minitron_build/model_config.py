@@ -151,7 +151,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.name} is missing", where=str(path.parent), todo="is this a Hugging Face checkpoint folder?"
+            f"{path.name} is missing",
+            where=str(path.parent),
+            todo="is this a Hugging Face checkpoint folder?",
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"not JSON: {error}", where=str(path), todo="fetch the file again") from None
@@ -242,7 +244,9 @@ def _read_scaling(block: object, name: str) -> dict[str, Any] | None:
     old = scaling.pop("type", None)
     rope_type = scaling.setdefault("rope_type", old)
     if old is not None and rope_type != old:
-        raise CheckpointError(f"{name} has type {old!r} and rope_type {rope_type!r}", todo="keep one of the two")
+        raise CheckpointError(
+            f"{name} has type {old!r} and rope_type {rope_type!r}", todo="keep one of the two"
+        )
     if rope_type not in ROPE_FIELDS:
         raise CheckpointError(
             f"{name} has the RoPE type {rope_type!r}",

@@ -16,15 +16,32 @@ from pathlib import Path
 
 from minitron_build.errors import CheckpointError
 
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "BOOL": 1, "F64": 8}
+ITEM_BYTES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F8_E4M3": 1,
+    "I8": 1,
+    "U8": 1,
+    "I32": 4,
+    "I64": 8,
+    "BOOL": 1,
+    "F64": 8,
+}
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's own bound."""
 
 LFS_POINTER_START = b"version https://git-lfs"
 FOREIGN_STARTS = {
-    LFS_POINTER_START: ("a Git-LFS pointer, not the weights", "fetch the file itself: git lfs pull, or download again"),
+    LFS_POINTER_START: (
+        "a Git-LFS pointer, not the weights",
+        "fetch the file itself: git lfs pull, or download again",
+    ),
     b"GGUF": ("a GGUF file", "give the Hugging Face safetensors checkpoint"),
-    b"PK\x03\x04": ("a zip archive (a PyTorch or .nemo file)", "give the Hugging Face safetensors checkpoint"),
+    b"PK\x03\x04": (
+        "a zip archive (a PyTorch or .nemo file)",
+        "give the Hugging Face safetensors checkpoint",
+    ),
     b"<!DO": ("an HTML page", "the download was answered with a web page: log in or fetch it again"),
 }
 
@@ -112,7 +129,9 @@ def _read_entries(path: Path, text: bytes, file_bytes: int) -> tuple[TensorInfo,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"a safetensors header that cannot be read ({error})", where=str(path), todo="fetch the file again"
+            f"a safetensors header that cannot be read ({error})",
+            where=str(path),
+            todo="fetch the file again",
         ) from None
     end = 8 + len(text)
     for tensor in tensors:

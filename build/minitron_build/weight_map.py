@@ -64,7 +64,9 @@ class WeightRule:
 
 _TRT_LAYER = "transformer.layers.{}."
 WEIGHT_MAP: tuple[WeightRule, ...] = (
-    WeightRule("transformer.vocab_embedding.weight", (("model.embed_tokens.weight", Split.WHOLE),), Stage.FIRST),
+    WeightRule(
+        "transformer.vocab_embedding.weight", (("model.embed_tokens.weight", Split.WHOLE),), Stage.FIRST
+    ),
     WeightRule(
         _TRT_LAYER + "input_layernorm.weight", ((LAYER + "input_layernorm.weight", Split.WHOLE),), Stage.LAYER
     ),
@@ -78,7 +80,9 @@ WEIGHT_MAP: tuple[WeightRule, ...] = (
         Stage.LAYER,
     ),
     WeightRule(
-        _TRT_LAYER + "attention.dense.weight", ((LAYER + "self_attn.o_proj.weight", Split.COLUMNS),), Stage.LAYER
+        _TRT_LAYER + "attention.dense.weight",
+        ((LAYER + "self_attn.o_proj.weight", Split.COLUMNS),),
+        Stage.LAYER,
     ),
     WeightRule(
         _TRT_LAYER + "post_layernorm.weight",
@@ -87,7 +91,9 @@ WEIGHT_MAP: tuple[WeightRule, ...] = (
     ),
     WeightRule(_TRT_LAYER + "mlp.fc.weight", ((LAYER + "mlp.gate_proj.weight", Split.ROWS),), Stage.LAYER),
     WeightRule(_TRT_LAYER + "mlp.gate.weight", ((LAYER + "mlp.up_proj.weight", Split.ROWS),), Stage.LAYER),
-    WeightRule(_TRT_LAYER + "mlp.proj.weight", ((LAYER + "mlp.down_proj.weight", Split.COLUMNS),), Stage.LAYER),
+    WeightRule(
+        _TRT_LAYER + "mlp.proj.weight", ((LAYER + "mlp.down_proj.weight", Split.COLUMNS),), Stage.LAYER
+    ),
     WeightRule("transformer.ln_f.weight", (("model.norm.weight", Split.WHOLE),), Stage.LAST),
     WeightRule("lm_head.weight", (("lm_head.weight", Split.VOCAB),), Stage.LAST),
 )
@@ -147,7 +153,9 @@ def check_mapping(config: ModelConfig, mapping: Mapping) -> None:
     sizes = {"num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
     for name, size in sizes.items():
         if size % tp_size:
-            raise PlanError(f"--tp-size {tp_size} does not divide {name} {size}", todo=_legal_tp_sizes(config))
+            raise PlanError(
+                f"--tp-size {tp_size} does not divide {name} {size}", todo=_legal_tp_sizes(config)
+            )
     if max(tp_size, kv_heads) % min(tp_size, kv_heads):
         raise PlanError(
             f"--tp-size {tp_size} and num_key_value_heads {kv_heads} do not divide each other",
@@ -196,7 +204,9 @@ def rank_tensors(
                 continue
             indices = enumerate(layers) if rule.stage is Stage.LAYER else [(0, 0)]
             for local, layer in indices:
-                yield _rank_tensor(config, rule, rank, (local, layer), (tp_rank, mapping.tp_size), shard_embedding)
+                yield _rank_tensor(
+                    config, rule, rank, (local, layer), (tp_rank, mapping.tp_size), shard_embedding
+                )
 
 
 def _expand(template: str, layers: range) -> Iterator[str]:
@@ -245,7 +255,11 @@ def _part(
         each = -(-dims[0] // tp_size)
         rows = (min(tp_rank * each, dims[0]), min((tp_rank + 1) * each, dims[0]))
         pad_rows = each - (rows[1] - rows[0])
-    source = "model.embed_tokens.weight" if config.tie_word_embeddings and template == "lm_head.weight" else template
+    source = (
+        "model.embed_tokens.weight"
+        if config.tie_word_embeddings and template == "lm_head.weight"
+        else template
+    )
     return Part(source.format(layer), rows, columns), pad_rows
 
 
@@ -266,6 +280,8 @@ def _legal_tp_sizes(config: ModelConfig) -> str:
     legal = [
         size
         for size in range(1, heads + 1)
-        if not heads % size and not config.intermediate_size % size and not max(size, kv_heads) % min(size, kv_heads)
+        if not heads % size
+        and not config.intermediate_size % size
+        and not max(size, kv_heads) % min(size, kv_heads)
     ]
     return f"use one of {', '.join(map(str, legal))}"

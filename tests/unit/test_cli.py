@@ -1,0 +1,106 @@
+"""The command's manners: exit codes, one line per error, light imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_build.cli import EXIT_INTERRUPTED, VERBS, main
+
+CHECKOUT = Path(__file__).parents[2]
+HEAVY = {
+    "torch",
+    "numpy",
+    "tritonclient",
+    "grpc",
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "rich",
+    "safetensors",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_imports_nothing_heavy(verb: str) -> None:
+    code = (
+        "import sys; from minitron_build.cli import main;"
+        f"code = main([{verb!r}, '--help']); print(sorted({HEAVY!r} & set(sys.modules)), code)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "[] 0"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["build"], ["build", "--arch", "volta", "--output-dir", "x"]]
+)
+def test_bad_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_refusal_is_1_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["build", "--arch", "cpu", "--checkpoint", str(tmp_path), "--output-dir", str(tmp_path / "b")])
+        == 1
+    )
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("minitron: ")
+    assert not (tmp_path / "b").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    argv = [
+        "build",
+        "--debug",
+        "--arch",
+        "cpu",
+        "--checkpoint",
+        str(tmp_path / "none"),
+        "--output-dir",
+        str(tmp_path / "b"),
+    ]
+    with pytest.raises(Exception, match="no such folder"):
+        main(argv)
+
+
+def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minitron_build.build.run", interrupted)
+    assert main(["build", "--output-dir", str(tmp_path)]) == EXIT_INTERRUPTED
+
+
+def test_missing_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(_: object) -> int:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("minitron_build.build.run", missing)
+    assert main(["build", "--output-dir", str(tmp_path)]) == 1
+    assert "pip install 'minitron-trtllm[local]'" in capsys.readouterr().err
+
+
+def test_the_door_is_the_verb(tiny_minitron: Path, tmp_path: Path) -> None:
+    door = [sys.executable, str(CHECKOUT / "build" / "build_engine.py")]
+    command = [
+        *door,
+        "--arch",
+        "cpu",
+        "--checkpoint",
+        str(tiny_minitron),
+        "--output-dir",
+        str(tmp_path),
+        "--dry-run",
+    ]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout.splitlines()[-1])["arch"] == "cpu"
+    assert not list(tmp_path.iterdir())
