@@ -1,0 +1,55 @@
+"""The gRPC client of a Minitron server: `MinitronClient`, its options, its results and its errors.
+
+It needs neither the build side nor torch; tritonclient is imported at the first call.
+"""
+
+from minitron_client.client import MinitronClient, TextStream
+from minitron_client.errors import (
+    AuthError,
+    CancelledError,
+    ClientClosedError,
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    InvalidValueError,
+    MinitronClientError,
+    NotFoundError,
+    OverloadedError,
+    ProtocolError,
+    ServerConnectionError,
+    StreamBrokenError,
+    UnavailableError,
+    UnsupportedError,
+)
+from minitron_client.results import Chunk, Completion, FinishReason, Health, Timings, Usage
+from minitron_client.sampling import SamplingParams
+from minitron_client.tensors import ModelMetadata, TensorSpec
+
+__all__ = [
+    "AuthError",
+    "CancelledError",
+    "Chunk",
+    "ClientClosedError",
+    "Completion",
+    "DeadlineError",
+    "FinishReason",
+    "Health",
+    "InternalError",
+    "InvalidRequestError",
+    "InvalidValueError",
+    "MinitronClient",
+    "MinitronClientError",
+    "ModelMetadata",
+    "NotFoundError",
+    "OverloadedError",
+    "ProtocolError",
+    "SamplingParams",
+    "ServerConnectionError",
+    "StreamBrokenError",
+    "TensorSpec",
+    "TextStream",
+    "Timings",
+    "UnavailableError",
+    "UnsupportedError",
+    "Usage",
+]

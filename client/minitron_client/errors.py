@@ -1,0 +1,248 @@
+"""What the client raises, by cause, and how a gRPC status or a server's sentence becomes one of them.
+
+    MinitronClientError
+    ├── ServerConnectionError   no server at the address, or the connection went before an answer (retryable)
+    │   └── StreamBrokenError     it went, or ended early, after the first response: text is lost
+    ├── DeadlineError           not answered within timeout_s; also a TimeoutError
+    ├── CancelledError          cancelled by the server, or by close() of the client
+    ├── InvalidRequestError     the server refused the request as it stands
+    │   └── InvalidValueError     refused here, before anything was sent; also a ValueError
+    ├── NotFoundError           no such model, version or call
+    ├── OverloadedError         the queue is full                                               (retryable)
+    ├── UnavailableError        the server or model is not ready, or is shutting down           (retryable)
+    ├── UnsupportedError        this server lacks what was asked for
+    ├── AuthError               a header, key or certificate is missing or wrong
+    ├── InternalError           the server failed
+    ├── ProtocolError           an answer that cannot be read
+    └── ClientClosedError       used after close()
+
+It knows status names and Triton's sentences. It does not import grpc.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar, NamedTuple
+
+
+class MinitronClientError(Exception):
+    """Base of everything this package raises on purpose; `str()` is one line.
+
+    Args:
+        message: one sentence, without the status name.
+        code: gRPC status name, such as "INVALID_ARGUMENT"; the class has a default.
+        request_id: id of the request it ended, "" where there was none.
+    """
+
+    is_minitron_client_error: ClassVar[bool] = True
+    default_code: ClassVar[str] = "UNKNOWN"
+    retryable: ClassVar[bool] = False
+    """True where the same call may succeed a little later and repeating it loses nothing."""
+
+    def __init__(self, message: str, *, code: str | None = None, request_id: str = "") -> None:
+        self.message = " ".join(message.split())
+        self.code = code or self.default_code
+        self.request_id = request_id
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        tail = f", request {self.request_id}" if self.request_id else ""
+        return f"{self.message} [{self.code}{tail}]"
+
+
+class ServerConnectionError(MinitronClientError, ConnectionError):
+    """No server at the address, or the connection went before an answer came."""
+
+    default_code = "UNAVAILABLE"
+    retryable = True
+
+
+class StreamBrokenError(ServerConnectionError):
+    """The connection went, or the stream ended early, after the first response."""
+
+    retryable = False
+
+
+class DeadlineError(MinitronClientError, TimeoutError):
+    """Not answered within the time the caller gave."""
+
+    default_code = "DEADLINE_EXCEEDED"
+
+
+class CancelledError(MinitronClientError):
+    """Cancelled by the server, or by closing the client while the request ran."""
+
+    default_code = "CANCELLED"
+
+
+class InvalidRequestError(MinitronClientError):
+    """The server refused the request as it stands."""
+
+    default_code = "INVALID_ARGUMENT"
+
+
+class InvalidValueError(InvalidRequestError, ValueError):
+    """Refused by the client before anything was sent: names the field and the cure."""
+
+
+class NotFoundError(MinitronClientError):
+    """The server has no such model, version or call."""
+
+    default_code = "NOT_FOUND"
+
+
+class OverloadedError(MinitronClientError):
+    """The server's queue is full."""
+
+    default_code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
+class UnavailableError(MinitronClientError):
+    """The server or the model is not ready, or is shutting down."""
+
+    default_code = "UNAVAILABLE"
+    retryable = True
+
+
+class UnsupportedError(MinitronClientError):
+    """This server lacks what was asked for."""
+
+    default_code = "UNIMPLEMENTED"
+
+
+class AuthError(MinitronClientError):
+    """A header, key or certificate is missing or wrong."""
+
+    default_code = "UNAUTHENTICATED"
+
+
+class InternalError(MinitronClientError):
+    """The server failed."""
+
+    default_code = "INTERNAL"
+
+
+class ProtocolError(MinitronClientError):
+    """An answer that cannot be read: a missing output, a wrong dtype, bytes that do not add up."""
+
+    default_code = "DATA_LOSS"
+
+
+class ClientClosedError(MinitronClientError):
+    """The client, or its stream, was used after close()."""
+
+    default_code = "FAILED_PRECONDITION"
+
+
+# Every gRPC status but OK. FAILED_PRECONDITION and OUT_OF_RANGE are refusals of the request as it stands.
+STATUS_ERRORS: dict[str, type[MinitronClientError]] = {
+    "CANCELLED": CancelledError,
+    "UNKNOWN": InternalError,
+    "INVALID_ARGUMENT": InvalidRequestError,
+    "DEADLINE_EXCEEDED": DeadlineError,
+    "NOT_FOUND": NotFoundError,
+    "ALREADY_EXISTS": InvalidRequestError,
+    "PERMISSION_DENIED": AuthError,
+    "RESOURCE_EXHAUSTED": OverloadedError,
+    "FAILED_PRECONDITION": InvalidRequestError,
+    "ABORTED": InternalError,
+    "OUT_OF_RANGE": InvalidRequestError,
+    "UNIMPLEMENTED": UnsupportedError,
+    "INTERNAL": InternalError,
+    "UNAVAILABLE": UnavailableError,
+    "DATA_LOSS": InternalError,
+    "UNAUTHENTICATED": AuthError,
+}
+
+
+class SentenceRule(NamedTuple):
+    """A part that only one kind of sentence has, the status it stands for, and the error it means."""
+
+    pattern: re.Pattern[str]
+    code: str
+    error: type[MinitronClientError]
+
+
+def _rule(pattern: str, code: str, error: type[MinitronClientError]) -> SentenceRule:
+    return SentenceRule(re.compile(pattern, re.IGNORECASE), code, error)
+
+
+# Sentences of Triton 2.51, first match wins. A stream carries them without their status, and
+# UNAVAILABLE and NOT_FOUND alone stand for several causes.
+SENTENCE_RULES: tuple[SentenceRule, ...] = (
+    _rule(r"protocol is restricted, expecting header", "UNAVAILABLE", AuthError),
+    _rule(r"exceeds maximum queue size|queue (?:is )?full", "UNAVAILABLE", OverloadedError),
+    _rule(r"request timeout expired", "UNAVAILABLE", DeadlineError),
+    _rule(r"stub process .* is not healthy", "INTERNAL", InternalError),
+    _rule(r"failed to process the request\(s\) for model", "INTERNAL", InternalError),
+    _rule(r"has no available versions|\bnot (?:yet )?ready\b|shutting down", "UNAVAILABLE", UnavailableError),
+    _rule(r"unknown model\b", "NOT_FOUND", NotFoundError),
+    _rule(r"data-type is '.*' expects '", "INVALID_ARGUMENT", InvalidRequestError),
+    _rule(r"unexpected (?:shape for|inference) (?:in|out)put", "INVALID_ARGUMENT", InvalidRequestError),
+    _rule(r"expected (?:number of|\d+) inputs? ", "INVALID_ARGUMENT", InvalidRequestError),
+    _rule(r"byte size mismatch|batch size does not match", "INVALID_ARGUMENT", InvalidRequestError),
+    _rule(r"decoupled transaction policy", "UNIMPLEMENTED", UnsupportedError),
+)
+
+# gRPC's own sentences for a connection that is not there; only looked at where a status came with them.
+_TRANSPORT_CODES = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
+_TRANSPORT = re.compile(
+    r"failed to connect|connection (?:refused|reset|aborted|timed out)|socket closed|dns resolution|"
+    r"rst_stream|name resolution|stream removed|goaway|broken pipe|keepalive|ping timeout|unreachable|"
+    r"end of tcp stream|handshak|channel is shut",
+    re.IGNORECASE,
+)
+_PREFIX = re.compile(r"^(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
+_STATED_CODE = re.compile(r"^([A-Z_]+): ")
+
+
+def error_from_status(
+    code: str, details: str, *, request_id: str = "", is_mid_stream: bool = False
+) -> MinitronClientError:
+    """The error of an RPC that ended with a gRPC status other than OK.
+
+    Args:
+        code: name of the status.
+        details: its sentence.
+        request_id: id of the request, "" for calls that have none.
+        is_mid_stream: a response had come: what was retryable is a broken stream now.
+    """
+    error = STATUS_ERRORS.get(code, InternalError)
+    if code in _TRANSPORT_CODES and _TRANSPORT.search(details):
+        error = ServerConnectionError
+    elif code in ("UNAVAILABLE", "NOT_FOUND"):
+        rule = _find_rule(details)
+        error = rule.error if rule else error
+    return _make(error, details or f"the server ended the call with {code}", code, request_id, is_mid_stream)
+
+
+def error_from_sentence(
+    sentence: str, *, request_id: str = "", is_mid_stream: bool = False
+) -> MinitronClientError:
+    """The error of a stream's `error_message`, which carries no status.
+
+    This server's sentences start with the status name ("INVALID_ARGUMENT: ..."), Triton's own do not;
+    both may stand behind "in ensemble 'ensemble', " or "[request id: ...] ".
+    """
+    text = _PREFIX.sub("", sentence)
+    stated = _STATED_CODE.match(text)
+    if stated and stated[1] in STATUS_ERRORS:
+        return error_from_status(
+            stated[1], text[stated.end() :], request_id=request_id, is_mid_stream=is_mid_stream
+        )
+    rule = _find_rule(text)
+    code, error = (rule.code, rule.error) if rule else ("UNKNOWN", InternalError)
+    return _make(error, text, code, request_id, is_mid_stream)
+
+
+def _find_rule(text: str) -> SentenceRule | None:
+    return next((rule for rule in SENTENCE_RULES if rule.pattern.search(text)), None)
+
+
+def _make(
+    error: type[MinitronClientError], message: str, code: str, request_id: str, is_mid_stream: bool
+) -> MinitronClientError:
+    if is_mid_stream and error.retryable:
+        error = StreamBrokenError
+    return error(message, code=code, request_id=request_id)

@@ -1,0 +1,179 @@
+"""Triton's tensors, requests and responses as plain values, and their bytes on the wire.
+
+It knows Triton's datatypes (little endian, BYTES with a 4-byte length each). It knows no tensor's
+name and imports neither tritonclient nor numpy: every tensor of the text models is small.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TypeAlias
+
+from minitron_client.errors import InvalidValueError, ProtocolError
+
+Scalar: TypeAlias = bool | int | float | str
+
+# Triton datatype -> struct code of one element
+_STRUCT_CODES: dict[str, str] = {
+    "BOOL": "?",
+    "INT8": "b",
+    "INT16": "h",
+    "INT32": "i",
+    "INT64": "q",
+    "UINT8": "B",
+    "UINT16": "H",
+    "UINT32": "I",
+    "UINT64": "Q",
+    "FP16": "e",
+    "FP32": "f",
+    "FP64": "d",
+}
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor as a model's metadata lists it; `shape` has -1 where any size goes."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetadata:
+    """What a model takes and gives.
+
+    Attributes:
+        name: the model.
+        versions: versions the server has loaded.
+        platform: "python", "ensemble", ...
+        inputs: input tensors by name; which of them are optional is not told.
+        outputs: output tensors by name.
+    """
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor on the wire: `data` is row-major and little endian."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, spec: TensorSpec, values: Sequence[Scalar]) -> Tensor:
+        """Values of one request row, in the datatype and rank that the server lists: [1, ..., n].
+
+        Raises:
+            InvalidValueError: a value does not fit the datatype.
+        """
+        shape = (1,) * (len(spec.shape) - 1) + (len(values),)
+        return cls(spec.name, spec.datatype, shape, _encode(spec, values))
+
+    def values(self) -> tuple[Scalar, ...]:
+        """The elements, flattened.
+
+        Raises:
+            ProtocolError: the bytes do not add up to the shape, or the datatype is unknown.
+        """
+        decoded = _decode_bytes(self) if self.datatype == "BYTES" else _decode_numbers(self)
+        if len(decoded) != prod(self.shape):
+            raise ProtocolError(
+                f"output {self.name} has {len(decoded)} elements, its shape {list(self.shape)} says otherwise"
+            )
+        return decoded
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """One request of a stream.
+
+    Attributes:
+        outputs: names of the outputs wanted; empty means all.
+        parameters: custom request parameters.
+    """
+
+    model: str
+    request_id: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...] = ()
+    parameters: Mapping[str, bool | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InferResponse:
+    """One response of a stream.
+
+    Attributes:
+        tensors: outputs by name; empty in a bare final response.
+        is_final: the `triton_final_response` flag; None where the server sent none.
+    """
+
+    tensors: Mapping[str, Tensor]
+    is_final: bool | None
+
+
+def _encode(spec: TensorSpec, values: Sequence[Scalar]) -> bytes:
+    if spec.datatype == "BYTES":
+        encoded = [_utf8(spec.name, value) for value in values]
+        return b"".join(_LENGTH.pack(len(item)) + item for item in encoded)
+    code = _STRUCT_CODES.get(spec.datatype)
+    if code is None:
+        raise InvalidValueError(f"input {spec.name} is listed as {spec.datatype}, which cannot be sent")
+    try:
+        return struct.pack(f"<{len(values)}{code}", *values)
+    except (struct.error, OverflowError) as error:
+        raise InvalidValueError(
+            f"{spec.name}={list(values)} does not fit the server's {spec.datatype}: {error}"
+        ) from error
+
+
+def _utf8(name: str, value: Scalar) -> bytes:
+    try:
+        return str(value).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(
+            f"{name} is not valid Unicode: a lone surrogate at position {error.start}; replace it"
+        ) from error
+
+
+def _decode_numbers(tensor: Tensor) -> tuple[Scalar, ...]:
+    code = _STRUCT_CODES.get(tensor.datatype)
+    if code is None:
+        raise ProtocolError(f"output {tensor.name} has the unknown datatype {tensor.datatype}")
+    count, rest = divmod(len(tensor.data), struct.calcsize(f"<{code}"))
+    if rest:
+        raise ProtocolError(f"output {tensor.name}: {len(tensor.data)} bytes are no whole {tensor.datatype}s")
+    return struct.unpack(f"<{count}{code}", tensor.data)
+
+
+def _decode_bytes(tensor: Tensor) -> tuple[Scalar, ...]:
+    items, at, data = [], 0, tensor.data
+    while at < len(data):
+        if at + _LENGTH.size > len(data):
+            raise ProtocolError(f"output {tensor.name} ends inside a length")
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if at + length > len(data):
+            raise ProtocolError(f"output {tensor.name} ends inside a string of {length} bytes")
+        items.append(_text(tensor.name, data[at : at + length]))
+        at += length
+    return tuple(items)
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"output {name} is not UTF-8 at byte {error.start}") from error
