@@ -1,0 +1,58 @@
+"""Keys and values of one sequence, growing with it; freed with the object.
+
+It knows nothing of attention. Growth depends on the sequence's own length only, so that what a sequence
+computes cannot depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TOKENS_PER_BLOCK = 64
+
+
+class SequenceKvCache:
+    """KV cache of one sequence, one tensor per layer."""
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
+        self._num_kv_heads, self._head_size, self._dtype = num_kv_heads, head_size, dtype
+        self._layers = [self._empty(0) for _ in range(num_layers)]
+        self._capacity = 0
+        self.length = 0
+
+    def _empty(self, capacity: int) -> torch.Tensor:
+        # [keys and values, kv_heads, capacity, head_size]
+        return torch.empty(2, self._num_kv_heads, capacity, self._head_size, dtype=self._dtype)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` more; a quarter ahead, so that copies stay rare.
+
+        Raises:
+            RuntimeError: memory is exhausted; what was there stays valid.
+        """
+        needed = self.length + num_tokens
+        if needed <= self._capacity:
+            return
+        capacity = -(-(needed + needed // 4) // TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+        for layer, old in enumerate(self._layers):
+            if old.shape[2] < capacity:  # a reserve that ran out of memory half-way goes on where it stopped
+                new = self._empty(capacity)
+                new[:, :, : self.length] = old[:, :, : self.length]
+                self._layers[layer] = new
+        self._capacity = capacity
+
+    def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put a layer's new keys and values [2, kv_heads, new, head_size] behind the old ones.
+
+        Returns:
+            All keys and all values of the layer, each [1, kv_heads, length + new, head_size]. `length` itself
+            moves in `advance`, after the last layer.
+        """
+        end = self.length + new.shape[2]
+        held = self._layers[layer]
+        held[:, :, self.length : end] = new
+        return held[:1, :, :end], held[1:, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens that every layer has written."""
+        self.length += num_tokens
