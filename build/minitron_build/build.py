@@ -1,4 +1,4 @@
-"""`minitron build`: source -> plan -> checkpoint -> bundle, each stage skipped when it is whole already.
+"""`minitron build`: source -> plan -> checkpoint -> engine -> bundle, each stage skipped when it is whole.
 
 The story of a build, its flags and its progress bar. What a stage does is the stage's own module.
 """
@@ -12,42 +12,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitron_build.bundle import CHECKPOINT_DIR, Bundle, check_output_dir, write_bundle
+from minitron_build.bundle import CHECKPOINT_DIR, ENGINE_DIR, Bundle, check_output_dir, write_bundle
 from minitron_build.checkpoint import TrtllmCheckpoint
 from minitron_build.convert import Progress, convert_checkpoint, plan_conversion
-from minitron_build.errors import CheckpointError, PlanError
+from minitron_build.engine import build_engine, remaining_work
+from minitron_build.errors import CheckpointError, MachineError, PlanError
 from minitron_build.hf_checkpoint import HfCheckpoint
-from minitron_build.hub import DEFAULT_CHECKPOINT, Source, resolve_checkpoint
-from minitron_build.manifest import MANIFEST_NAME
+from minitron_build.hub import Source, resolve_checkpoint, resolve_config
+from minitron_build.manifest import MANIFEST_NAME, digest_file
+from minitron_build.model_config import ModelConfig
 from minitron_build.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
-from minitron_build.targets import ARCH_CHOICES, find_gpus
+from minitron_build.plan_flags import add_plan_flags, plan_request
+from minitron_build.precheck import precheck, read_machine
+from minitron_build.targets import find_gpus
 
 STAGES = ("checkpoint", "engine", "bundle")
-SIZE_FLAGS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+SAME_PLAN = (
+    *("source", "arch", "sm", "precision", "kv_cache_dtype", "compute_dtype", "tp_size", "pp_size"),
+    *("plugins", "trtllm_build_argv", "versions", "container"),
+)
+"""What equal bundles agree in; limits for the CPU are left out, they follow the memory that is free."""
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Flags of `minitron build`; names are fixed."""
+    add_plan_flags(parser, auto_arch="the GPU here, else cpu")
     add = parser.add_argument
-    add(
-        "--arch",
-        choices=ARCH_CHOICES,
-        default="auto",
-        help="what to build for (default: the GPU here, else cpu)",
-    )
-    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR|HF_ID|demo", help="default: %(default)s")
-    add(
-        "--revision",
-        help="commit, tag or branch on the hub (default: what main is now, recorded as a commit)",
-    )
     add("--output-dir", type=Path, required=True, help="the bundle")
-    add("--precision", choices=("auto", "bf16", "fp8"), default="auto")
-    add("--kv-cache-dtype", choices=("auto", "bf16", "fp8"), default="auto")
-    add("--tp-size", type=int, default=1, metavar="N", help="tensor parallel ranks")
-    add("--pp-size", type=int, default=1, metavar="N", help="pipeline parallel ranks")
-    for name in SIZE_FLAGS:
-        add("--" + name.replace("_", "-"), type=int, metavar="N")
     add("--stop-after", choices=STAGES, default="bundle", help="last stage to run")
+    add("--container", action="store_true", help="build the engine in NVIDIA's container, with Docker")
+    add("--keep-checkpoint", action="store_true", help="leave the checkpoint in a GPU bundle")
     add(
         "--dry-run",
         action="store_true",
@@ -58,23 +52,32 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, then build; the last line of stdout is JSON."""
-    source = resolve_checkpoint(args.checkpoint, args.revision)
-    names = ("arch", "precision", "kv_cache_dtype", "tp_size", "pp_size", *SIZE_FLAGS)
-    plan = plan_build(source, PlanRequest(**{name: getattr(args, name) for name in names}))
+    request = plan_request(args)
     if args.dry_run:
-        print("\n".join(plan.lines()))
-        print(json.dumps(plan.as_dict()))
-        return 0
+        return _print_plan(args.checkpoint, args.revision, request, args.output_dir)
+    source = resolve_checkpoint(args.checkpoint, args.revision)
+    plan = plan_build(source, request)
     print("\n".join(plan.lines()), file=sys.stderr)
-    if args.stop_after == "engine":
-        raise PlanError(
-            "--stop-after engine with --arch cpu", todo="a CPU has no engine stage: use checkpoint or bundle"
-        )
+    missing = check_build(plan, args.output_dir, args.stop_after, container=args.container)
     if args.stop_after == "checkpoint":
         checkpoint = build_checkpoint(plan, source, args.output_dir, force=args.force)
         print(json.dumps({"checkpoint": str(checkpoint.path), "files": sorted(checkpoint.files)}))
         return 0
-    bundle = build_bundle(plan, source, args.output_dir, force=args.force)
+    if missing is not None:
+        _say_what_remains(plan, build_checkpoint(plan, source, args.output_dir, force=args.force))
+        raise missing
+    if args.stop_after == "engine":
+        engine_dir = build_engine_stage(
+            plan, source, args.output_dir, force=args.force, container=args.container
+        )
+        print(
+            json.dumps(
+                {"engine": str(engine_dir), "files": sorted(path.name for path in engine_dir.iterdir())}
+            )
+        )
+        return 0
+    options = {name: getattr(args, name) for name in ("force", "container", "keep_checkpoint")}
+    bundle = build_bundle(plan, source, args.output_dir, **options)
     print(f"serve it: minitron serve {bundle.path}", file=sys.stderr)
     print(
         json.dumps(
@@ -84,11 +87,47 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan_build(source: Source, request: PlanRequest) -> BuildPlan:
-    """The plan of a build on this machine; see `make_plan` for what it raises."""
-    config = HfCheckpoint.open(source.hf_dir).config
-    gpus = find_gpus() if request.arch == "auto" else ()
-    return make_plan(source.name, config, request, gpus=gpus, available_bytes=available_memory_bytes())
+def plan_build(source: Source, request: PlanRequest, output_dir: Path | None = None) -> BuildPlan:
+    """The plan of a build on this machine; see `make_plan` for what it raises.
+
+    Args:
+        output_dir: for a plan that is printed; one that is kept names no folder of this machine.
+    """
+    config = ModelConfig.read(source.hf_dir)
+    gpus = () if request.arch == "cpu" else find_gpus()
+    available_bytes = available_memory_bytes()
+    return make_plan(
+        source.name, config, request, gpus=gpus, available_bytes=available_bytes, output_dir=output_dir
+    )
+
+
+def check_build(
+    plan: BuildPlan, output_dir: Path, stop_after: str, *, container: bool
+) -> MachineError | None:
+    """Everything that can be refused before the first byte of work.
+
+    Returns:
+        What this machine lacks for the engine, if the checkpoint can be made here all the same.
+
+    Raises:
+        PlanError: the stages asked for do not fit the target, or the precision is not built yet.
+        MachineError: this machine contradicts the plan.
+        CheckpointError: `output_dir` holds somebody else's things.
+    """
+    if plan.sm is None and stop_after == "engine":
+        raise PlanError(
+            "--stop-after engine with --arch cpu", todo="a CPU has no engine: use checkpoint or bundle"
+        )
+    if plan.precision == "fp8":
+        raise PlanError(
+            "FP8 calibration is not part of this version",
+            where=f"--arch {plan.arch}",
+            todo="build with --precision bf16 (plans and --dry-run know FP8 already)",
+        )
+    check_output_dir(output_dir)
+    if plan.sm is None or stop_after == "checkpoint":
+        return None
+    return precheck(plan, read_machine(output_dir), output_dir, container=container)
 
 
 def build_checkpoint(
@@ -96,8 +135,8 @@ def build_checkpoint(
 ) -> TrtllmCheckpoint:
     """The TensorRT-LLM checkpoint in `output_dir/checkpoint`; an interrupted one is resumed."""
     check_output_dir(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     total_bytes = plan_conversion(source.hf_dir, plan.mapping).source_bytes
+    output_dir.mkdir(parents=True, exist_ok=True)
     with _progress_bar("converting", total_bytes) as progress:
         return convert_checkpoint(
             source.hf_dir,
@@ -109,7 +148,35 @@ def build_checkpoint(
         )
 
 
-def build_bundle(plan: BuildPlan, source: Source, output_dir: Path, *, force: bool = False) -> Bundle:
+def build_engine_stage(
+    plan: BuildPlan, source: Source, output_dir: Path, *, force: bool = False, container: bool = False
+) -> Path:
+    """The engine in `output_dir/engine`, the checkpoint before it; whole stages are taken as they are."""
+    checkpoint = build_checkpoint(plan, source, output_dir, force=force)
+    gpus = find_gpus()
+    engine = build_engine(
+        plan,
+        checkpoint.path,
+        output_dir / ENGINE_DIR,
+        container=container,
+        force=force,
+        gpu=gpus[0].name if gpus else None,
+        on_line=lambda line: print(line, file=sys.stderr),
+    )
+    for difference in engine.differences(plan):
+        print(f"TensorRT-LLM resolved otherwise than planned: {difference}", file=sys.stderr)
+    return output_dir / ENGINE_DIR
+
+
+def build_bundle(
+    plan: BuildPlan,
+    source: Source,
+    output_dir: Path,
+    *,
+    force: bool = False,
+    container: bool = False,
+    keep_checkpoint: bool = False,
+) -> Bundle:
     """The whole bundle; a finished one of the same plan is verified and returned as it is.
 
     Raises:
@@ -119,20 +186,37 @@ def build_bundle(plan: BuildPlan, source: Source, output_dir: Path, *, force: bo
     check_output_dir(output_dir)
     if (output_dir / MANIFEST_NAME).exists() and not force:
         return _finished_bundle(plan, source, output_dir)
-    checkpoint = build_checkpoint(plan, source, output_dir, force=force)
-    return write_bundle(plan, source, checkpoint, output_dir)
+    if plan.sm is not None:
+        build_engine_stage(plan, source, output_dir, force=force, container=container)
+    checkpoint = build_checkpoint(plan, source, output_dir, force=force and plan.sm is None)
+    return write_bundle(plan, source, checkpoint, output_dir, keep_checkpoint=keep_checkpoint)
+
+
+def _print_plan(checkpoint: str, revision: str | None, request: PlanRequest, output_dir: Path) -> int:
+    """The plan as text, then as JSON on one line; of a hub id only the config files are fetched."""
+    plan = plan_build(resolve_config(checkpoint, revision), request, output_dir)
+    print("\n".join(plan.lines()))
+    print(json.dumps(plan.as_dict()))
+    return 0
+
+
+def _say_what_remains(plan: BuildPlan, checkpoint: TrtllmCheckpoint) -> None:
+    """The checkpoint is made; the commands that make the engine from it elsewhere, for people and as JSON."""
+    work = remaining_work(plan, checkpoint.path, checkpoint.path.with_name(ENGINE_DIR))
+    print("\n".join(work.lines()))
+    print(json.dumps({"checkpoint": str(checkpoint.path), "remaining": work.as_dict()}))
 
 
 def _finished_bundle(plan: BuildPlan, source: Source, output_dir: Path) -> Bundle:
     """A bundle that stands there already, if this build would make the same one."""
     bundle = Bundle.load(output_dir)
-    same = all(
-        bundle.manifest.plan.get(key) == value
-        for key, value in plan.as_dict().items()
-        if key in ("source", "arch", "precision", "kv_cache_dtype", "tp_size", "pp_size", "versions")
-    )
-    digest = plan_conversion(source.hf_dir, plan.mapping).digest
-    if not same or TrtllmCheckpoint.load(bundle.checkpoint).plan_digest != digest:
+    wanted = json.loads(json.dumps(plan.as_dict()))
+    is_same = all(bundle.manifest.plan.get(key) == wanted[key] for key in SAME_PLAN)
+    weights = {shard.path.name: shard.file_bytes for shard in HfCheckpoint.open(source.hf_dir).shards}
+    recorded = bundle.manifest.source["files"]
+    is_same &= all(recorded.get(name, {}).get("size_bytes") == size for name, size in weights.items())
+    is_same &= recorded["config.json"] == digest_file(source.hf_dir / "config.json").as_dict()
+    if not is_same:
         raise CheckpointError(
             "holds a bundle of another plan or source",
             where=str(output_dir),

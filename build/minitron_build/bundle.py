@@ -17,15 +17,16 @@ from pathlib import Path
 from minitron_build import __version__
 from minitron_build.checkpoint import FileDigest, TrtllmCheckpoint
 from minitron_build.convert import write_durably
+from minitron_build.engine_record import EngineRecord
 from minitron_build.errors import CheckpointError
 from minitron_build.hf_checkpoint import HfCheckpoint
 from minitron_build.hub import Source
 from minitron_build.manifest import MANIFEST_NAME, Manifest, digest_file
-from minitron_build.model_repo import write_model_repo
+from minitron_build.model_repo import ENGINE_MODEL, write_model_repo
 from minitron_build.plan import BuildPlan
 
-CHECKPOINT_DIR, MODEL_REPO_DIR = "checkpoint", "model_repo"
-OWN_NAMES = {MANIFEST_NAME, CHECKPOINT_DIR, MODEL_REPO_DIR}
+CHECKPOINT_DIR, ENGINE_DIR, MODEL_REPO_DIR = "checkpoint", "engine", "model_repo"
+OWN_NAMES = {MANIFEST_NAME, CHECKPOINT_DIR, ENGINE_DIR, MODEL_REPO_DIR}
 RECORDED_PACKAGES = ("torch", "tokenizers", "numpy", "nvidia-pytriton", "tritonclient")
 
 
@@ -108,23 +109,39 @@ def check_output_dir(output_dir: Path) -> None:
         )
 
 
-def write_bundle(plan: BuildPlan, source: Source, checkpoint: TrtllmCheckpoint, output_dir: Path) -> Bundle:
-    """Write model_repo and manifest beside a finished checkpoint; the manifest last, and durably."""
+def write_bundle(
+    plan: BuildPlan,
+    source: Source,
+    checkpoint: TrtllmCheckpoint,
+    output_dir: Path,
+    *,
+    keep_checkpoint: bool = False,
+) -> Bundle:
+    """Write model_repo and manifest beside the finished stages; the manifest last, and durably.
+
+    The engine's files move into model_repo; a GPU does not need the checkpoint, which goes unless kept.
+    """
     hf = HfCheckpoint.open(source.hf_dir)
+    engine_dir = output_dir / ENGINE_DIR if plan.sm is not None else None
     (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
     work_dir = output_dir / (MODEL_REPO_DIR + ".partial")
     for stale in (work_dir, output_dir / MODEL_REPO_DIR):
         shutil.rmtree(stale, ignore_errors=True)
-    write_model_repo(plan, hf, work_dir)
+    write_model_repo(plan, hf, work_dir, engine_dir)
     work_dir.rename(output_dir / MODEL_REPO_DIR)
+    record = EngineRecord.load(engine_dir) if engine_dir else None
+    left_out = {ENGINE_DIR} if keep_checkpoint or plan.sm is None else {ENGINE_DIR, CHECKPOINT_DIR}
     manifest = Manifest(
         arch=plan.arch,
         source=_source_record(source, hf, checkpoint),
         plan=plan.as_dict(),
-        versions=dict(_versions()),
-        files=_digests(output_dir, checkpoint),
+        versions=dict(_versions(record)),
+        gpu=None if record is None else {"name": record.gpu, "sm": record.sm},
+        files=_digests(output_dir, checkpoint, record, left_out),
     )
     write_durably(output_dir / MANIFEST_NAME, manifest.dump())
+    for name in left_out:
+        shutil.rmtree(output_dir / name, ignore_errors=True)
     return Bundle(output_dir, manifest)
 
 
@@ -136,10 +153,16 @@ def _files_of(path: Path) -> Iterator[str]:
             yield name.as_posix()
 
 
-def _digests(output_dir: Path, checkpoint: TrtllmCheckpoint) -> dict[str, FileDigest]:
-    """Digest of every file; those of the checkpoint were taken while it was written."""
+def _digests(
+    output_dir: Path, checkpoint: TrtllmCheckpoint, record: EngineRecord | None, left_out: set[str]
+) -> dict[str, FileDigest]:
+    """Digest of every file that stays; those of checkpoint and engine were taken while they were written."""
     known = {f"{CHECKPOINT_DIR}/{name}": digest for name, digest in checkpoint.files.items()}
-    return {name: known.get(name) or digest_file(output_dir / name) for name in _files_of(output_dir)}
+    if record is not None:
+        engine_path = f"{MODEL_REPO_DIR}/{ENGINE_MODEL}/1"
+        known |= {f"{engine_path}/{name}": digest for name, digest in record.files.items()}
+    names = (name for name in _files_of(output_dir) if name.split("/")[0] not in left_out)
+    return {name: known.get(name) or digest_file(output_dir / name) for name in names}
 
 
 def _source_record(source: Source, hf: HfCheckpoint, checkpoint: TrtllmCheckpoint) -> dict[str, object]:
@@ -152,10 +175,13 @@ def _source_record(source: Source, hf: HfCheckpoint, checkpoint: TrtllmCheckpoin
     }
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def _versions(record: EngineRecord | None) -> Iterator[tuple[str, str]]:
+    """Of everything that touched the bytes, those of the engine as they were when it was built."""
     from importlib.metadata import PackageNotFoundError, version
 
     yield "toolkit", __version__
+    if record is not None:
+        yield from record.versions.items()
     yield "python", platform.python_version()
     for package in RECORDED_PACKAGES:
         try:

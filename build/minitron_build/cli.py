@@ -27,6 +27,11 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "build": Verb("minitron_build.build", "HF checkpoint -> TensorRT-LLM checkpoint -> engine -> bundle"),
+    "plan": Verb(
+        "minitron_build.plan_command", "memory and ceilings of a build on each GPU model; no work done"
+    ),
+    "inspect": Verb("minitron_build.inspect_command", "what a checkpoint, engine or bundle is, verified"),
+    "lint": Verb("minitron_build.lint", "check a TensorRT-LLM model repository for Triton"),
     "serve": Verb("minitron_build.serve", "serve a bundle with Triton until SIGTERM"),
     "demo": Verb("minitron_build.demo", "build, serve and stream the demo model on this CPU"),
     "logits": Verb("minitron_build.logits", "next-token logits of a TensorRT-LLM checkpoint, as JSON"),

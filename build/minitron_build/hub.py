@@ -26,6 +26,8 @@ PATTERNS = (
     "special_tokens_map.json",
 )
 """Matched against the path inside the repository, so nothing in a subfolder is taken."""
+CONFIG_PATTERNS = ("config.json", "generation_config.json")
+"""What a plan needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,29 @@ def resolve_checkpoint(checkpoint: str, revision: str | None = None) -> Source:
     return _download(checkpoint, revision)
 
 
-def _download(repo: str, revision: str | None) -> Source:
+def resolve_config(checkpoint: str, revision: str | None = None) -> Source:
+    """A folder with the config files that `--checkpoint` means, without its weights.
+
+    The default checkpoint's config travels with the toolkit and stands in, said out loud, where the hub
+    cannot be reached.
+
+    Raises:
+        CheckpointError: see `resolve_checkpoint`.
+        MachineError: the hub cannot be reached and neither cache nor toolkit holds the config.
+    """
+    path = Path(checkpoint).expanduser()
+    if checkpoint == DEMO or path.exists() or not HUB_ID.fullmatch(checkpoint):
+        return resolve_checkpoint(checkpoint, revision)
+    try:
+        return _download(checkpoint, revision, CONFIG_PATTERNS)
+    except MachineError as error:
+        if checkpoint != DEFAULT_CHECKPOINT or revision is not None:
+            raise
+        print(f"{error.found}: using the toolkit's own copy of its config.json", file=sys.stderr)
+        return Source(checkpoint, Path(__file__).parent / "width_base")
+
+
+def _download(repo: str, revision: str | None, patterns: tuple[str, ...] = PATTERNS) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -78,7 +102,7 @@ def _download(repo: str, revision: str | None) -> Source:
 
     try:
         commit = _commit_of(repo, revision)
-        folder = snapshot_download(repo, revision=commit, allow_patterns=list(PATTERNS))
+        folder = snapshot_download(repo, revision=commit, allow_patterns=list(patterns))
         return Source(repo, Path(folder), commit)
     except RevisionNotFoundError:
         raise CheckpointError(f"no revision {revision}", where=f"{repo} on the hub") from None
@@ -93,7 +117,7 @@ def _download(repo: str, revision: str | None) -> Source:
             todo="check the name, or set HF_TOKEN",
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        return _from_cache(repo, revision, error)
+        return _from_cache(repo, revision, error, patterns)
 
 
 def _commit_of(repo: str, revision: str | None) -> str:
@@ -106,7 +130,7 @@ def _commit_of(repo: str, revision: str | None) -> str:
     return str(commit)
 
 
-def _from_cache(repo: str, revision: str | None, error: Exception) -> Source:
+def _from_cache(repo: str, revision: str | None, error: Exception, patterns: tuple[str, ...]) -> Source:
     """The snapshot in the hub's cache, said out loud; refuses when there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -114,7 +138,7 @@ def _from_cache(repo: str, revision: str | None, error: Exception) -> Source:
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     try:
         folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True)
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=True)
         )
     except (LocalEntryNotFoundError, OSError):
         raise MachineError(

@@ -29,6 +29,7 @@ class Manifest:
         source: name, hub revision, config digest and digest of every source file.
         plan: the build plan with the reason of each decision.
         versions: of everything that touched the bytes.
+        gpu: name and SM of the GPU the engine was built on; None for the CPU.
         files: digest of every file of the bundle but the manifest itself, by path in the bundle.
     """
 
@@ -37,6 +38,7 @@ class Manifest:
     plan: Mapping[str, Any]
     versions: Mapping[str, str]
     files: Mapping[str, FileDigest]
+    gpu: Mapping[str, Any] | None = None
 
     def dump(self) -> str:
         """The text of `manifest.json`."""
@@ -46,6 +48,7 @@ class Manifest:
             "source": self.source,
             "plan": self.plan,
             "versions": self.versions,
+            "gpu": self.gpu,
             "files": {name: digest.as_dict() for name, digest in sorted(self.files.items())},
         }
         return json.dumps(record, indent=2) + "\n"
@@ -75,7 +78,14 @@ class Manifest:
             )
         try:
             files = {name: FileDigest.from_dict(entry) for name, entry in raw["files"].items()}
-            return cls(str(raw["arch"]), raw["source"], raw["plan"], raw["versions"], files)
+            return cls(
+                arch=str(raw["arch"]),
+                source=raw["source"],
+                plan=raw["plan"],
+                versions=raw["versions"],
+                files=files,
+                gpu=raw["gpu"],
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"a record that cannot be read ({error})", where=str(path)) from None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minitron_build.errors import PlanError
 
@@ -17,8 +17,9 @@ class Target:
     """A GPU generation, or the CPU.
 
     Attributes:
-        sm: compute capability x 10 that `--arch` means exactly; None for the CPU.
+        sm: compute capability x 10 that is built for, exactly; None for the CPU.
         precisions: what it can run, the default first.
+        note: what its hardware is, said of `label`.
     """
 
     arch: str
@@ -26,23 +27,41 @@ class Target:
     precisions: tuple[str, ...]
     note: str
 
+    @property
+    def label(self) -> str:
+        """The target as messages name it."""
+        return self.arch if self.sm is None else f"{self.arch} (SM {self.sm})"
+
+    @property
+    def reason(self) -> str:
+        """Why its default precision is the default."""
+        return f"{self.label} {self.note}"
+
 
 TARGETS: dict[str, Target] = {
     target.arch: target
     for target in (
-        Target("ampere", 80, ("bf16",), "ampere (SM 80) has no FP8 tensor cores"),
-        Target("ada", 89, ("fp8", "bf16"), "ada (SM 89) has FP8 tensor cores"),
-        Target("hopper", 90, ("fp8", "bf16"), "hopper (SM 90) has FP8 tensor cores"),
+        Target("ampere", 80, ("bf16",), "has no FP8 tensor cores"),
+        Target("ada", 89, ("fp8", "bf16"), "has FP8 tensor cores"),
+        Target("hopper", 90, ("fp8", "bf16"), "has FP8 tensor cores"),
+        Target("blackwell", 100, ("fp8", "bf16"), "has FP8 tensor cores, with per-tensor scales"),
         Target(
-            "blackwell",
-            100,
-            ("fp8", "bf16"),
-            "blackwell (SM 100) has FP8 tensor cores, per-tensor scales only",
+            "cpu", None, ("bf16",), "has no FP8: FP8 on the reference engine is not built in this version"
         ),
-        Target("cpu", None, ("bf16",), "the reference engine executes bf16 checkpoints"),
     )
 }
 ARCH_CHOICES = (*TARGETS, "auto")
+
+GENERATIONS: dict[int, str] = {
+    80: "ampere",
+    86: "ampere",
+    89: "ada",
+    90: "hopper",
+    100: "blackwell",
+    103: "blackwell",
+    120: "blackwell",
+}
+"""Every SM that TensorRT-LLM 1.2.1 supports, by generation; `--arch` means the one of TARGETS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +91,14 @@ def _read_gpu(line: str) -> Gpu:
     return Gpu(name, int(major) * 10 + int(minor), int(memory_mib) << 20)
 
 
-def resolve_target(arch: str, gpus: tuple[Gpu, ...]) -> tuple[Target, str]:
-    """The target that `--arch` means here, with the reason.
+def resolve_target(arch: str, gpus: tuple[Gpu, ...], sm: int | None = None) -> tuple[Target, str]:
+    """The target that `--arch` and `--sm` mean here, with the reason.
 
     Raises:
-        PlanError: `auto` met a GPU that no target means.
+        PlanError: `auto` met a GPU that no target means, or the SM is unknown or of another generation.
     """
+    if sm is not None:
+        return _target_of_sm(arch, sm), "asked for with --sm"
     if arch != "auto":
         return TARGETS[arch], "asked for with --arch"
     if not gpus:
@@ -86,4 +107,24 @@ def resolve_target(arch: str, gpus: tuple[Gpu, ...]) -> tuple[Target, str]:
         if target.sm == gpus[0].sm:
             return target, f"{gpus[0].name} is SM {gpus[0].sm}"
     known = ", ".join(f"{target.arch} {target.sm}" for target in TARGETS.values() if target.sm)
-    raise PlanError(f"{gpus[0].name} is SM {gpus[0].sm}", expected=f"one of {known}", where="--arch auto")
+    raise PlanError(
+        f"{gpus[0].name} is SM {gpus[0].sm}",
+        expected=f"one of {known}",
+        where="--arch auto",
+        todo=f"say so with --sm {gpus[0].sm}" if gpus[0].sm in GENERATIONS else "",
+    )
+
+
+def _target_of_sm(arch: str, sm: int) -> Target:
+    """A generation's target at another of its SMs."""
+    if sm not in GENERATIONS:
+        known = ", ".join(f"{number} {name}" for number, name in GENERATIONS.items())
+        raise PlanError(f"--sm {sm}", expected=f"one of {known}")
+    generation = GENERATIONS[sm]
+    if arch not in ("auto", generation):
+        raise PlanError(
+            f"--sm {sm} with --arch {arch}",
+            expected=f"--arch {generation}",
+            todo=f"SM {sm} is {generation}: leave --arch or --sm out",
+        )
+    return replace(TARGETS[generation], sm=sm)

@@ -290,7 +290,12 @@ class TritonServer:
             flags += [f"--backend-directory={backends_dir}", f"--cache-directory={install.root / 'caches'}"]
         bootstrap = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(os.getpid())]
         self.started_s = time.monotonic()
-        self._process = self._log.spawn([*bootstrap, str(install.binary), *flags], env)
+        self._process = self._log.spawn(
+            [*bootstrap, str(install.binary), *flags],
+            env,
+            # TensorRT-LLM's backend takes an engine path from here: a bundle's is relative to the bundle.
+            self.options.model_repo.resolve().parent,
+        )
 
     def _is_ready(self) -> bool:
         paths = ["/v2/health/ready", *(f"/v2/models/{name}/ready" for name in self.models)]
@@ -381,7 +386,7 @@ class _LogRelay:
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
 
-    def spawn(self, command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    def spawn(self, command: list[str], env: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
         """Start the command in a thread of its own, which then reads its output until the end.
 
         PR_SET_PDEATHSIG fires when the *thread* that forked ends, so that thread must outlive the server.
@@ -391,7 +396,7 @@ class _LogRelay:
 
         def run() -> None:
             try:
-                self._process = _popen(command, env)
+                self._process = _popen(command, env, cwd)
             except OSError as error:
                 errors.append(error)
             is_started.set()
@@ -468,10 +473,11 @@ def _output_of(process: subprocess.Popen[str]) -> IO[str]:
     return process.stdout
 
 
-def _popen(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+def _popen(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         env=env,
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

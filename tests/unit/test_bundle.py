@@ -97,7 +97,7 @@ def test_build_resumes_after_the_last_whole_stage(
     checkpoint = build_checkpoint(plan, source, output_dir)
     before = (checkpoint.path / "rank0.safetensors").stat().st_mtime_ns
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

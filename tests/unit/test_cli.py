@@ -22,6 +22,7 @@ HEAVY = {
     "huggingface_hub",
     "rich",
     "safetensors",
+    "matplotlib",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minitron_build.errors import PlanError
+from minitron_build.memory_model import DoesNotFitError
 from minitron_build.model_config import ModelConfig
 from minitron_build.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
 from minitron_build.targets import TARGETS, Gpu, resolve_target
@@ -61,8 +62,110 @@ def test_auto_without_a_gpu_is_the_cpu_and_says_so() -> None:
 def test_auto_reads_the_gpu() -> None:
     target, reason = resolve_target("auto", (Gpu("NVIDIA H100", 90, 80 * GIB),))
     assert (target.arch, reason) == ("hopper", "NVIDIA H100 is SM 90")
-    with pytest.raises(PlanError, match=r"NVIDIA A10 is SM 86; expected one of ampere 80, ada 89"):
+    with pytest.raises(PlanError, match=r"NVIDIA A10 is SM 86; expected one of ampere 80, ada 89.*--sm 86"):
         resolve_target("auto", (Gpu("NVIDIA A10", 86, 24 * GIB),))
+
+
+def test_another_sm_of_a_generation() -> None:
+    target, reason = resolve_target("ampere", (), 86)
+    assert (target.arch, target.sm, target.precisions, reason) == (
+        "ampere",
+        86,
+        ("bf16",),
+        "asked for with --sm",
+    )
+    assert resolve_target("auto", (), 120)[0].arch == "blackwell"
+
+
+@pytest.mark.parametrize("arch", [arch for arch in TARGETS if arch != "cpu"])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_gpu_plans_are_complete(real: ModelConfig, arch: str, tp_size: int) -> None:
+    for precision in ("auto", *TARGETS[arch].precisions):
+        plan = plan_for(real, arch=arch, precision=precision, tp_size=tp_size)
+        record = json.loads(json.dumps(plan.as_dict()))
+        assert record["precision"] == (TARGETS[arch].precisions[0] if precision == "auto" else precision)
+        assert record["kv_cache_dtype"] == record["precision"]
+        assert record["sm"] == TARGETS[arch].sm
+        assert record["limits"]["max_num_tokens"] == 8192
+        assert record["trtllm_build_argv"][:5] == [
+            "trtllm-build",
+            "--checkpoint_dir",
+            "checkpoint",
+            "--output_dir",
+            "engine",
+        ]
+        assert record["versions"]["tensorrt_llm"] == "1.2.1"
+        assert record["versions"]["tensorrt"] == "10.14.1.48"
+        assert "26.07-trtllm-python-py3" in record["container"]
+        assert record["memory"]["kv_cache_tokens"] >= record["limits"]["max_seq_len"]
+        assert record["memory"]["stages"].keys() == {"checkpoint", "engine", "bundle"}
+        decided = {decision["what"]: decision for decision in record["decisions"]}
+        assert record["plugins"].keys() < decided.keys()
+        assert {"arch", "precision", "kv_cache_dtype", "gpu", "max_batch_size", "container"} < decided.keys()
+        assert all(decision["reason"] for decision in decided.values())
+
+
+def test_printed_command_names_the_output_folder(real: ModelConfig, tmp_path: Path) -> None:
+    request = PlanRequest(arch="hopper")
+    plan = make_plan("model", real, request, gpus=(), available_bytes=20 * GIB, output_dir=tmp_path)
+    assert str(tmp_path / "checkpoint") in plan.trtllm_build_argv
+    assert plan.trtllm_build_argv[-1] == plan.engine_argv("a", "b")[-1]
+    assert plan.engine_argv("a", "b")[2:5] == ("a", "--output_dir", "b")
+    assert any(line.startswith("  engine: trtllm-build") for line in plan.lines())
+
+
+def test_batch_is_for_the_gpu_it_will_run_on(real: ModelConfig) -> None:
+    def batch(request: PlanRequest, *gpus: Gpu) -> tuple[int, str]:
+        plan = make_plan("model", real, request, gpus=gpus, available_bytes=20 * GIB)
+        reason = next(decision.reason for decision in plan.decisions if decision.what == "gpu")
+        return plan.limits.max_batch_size, reason
+
+    ada = PlanRequest(arch="ada")
+    assert batch(ada) == (64, "no GPU of SM 89 here: the smallest common one, or say --gpu; 24.2 GB")
+    assert batch(ada, Gpu("NVIDIA H200", 90, 140 * GIB))[0] == 64
+    assert batch(ada, Gpu("NVIDIA L40S", 89, 45 * GIB)) == (128, "this machine's GPU is SM 89; 48.3 GB")
+    assert batch(replace(ada, gpu="L40S"))[0] == 128
+    assert batch(replace(ada, gpu_memory_gb=16)) == (32, "its memory was given with --gpu-memory-gb")
+    assert batch(PlanRequest(gpu="H100")) == (256, "asked for with --gpu; 85.5 GB")
+    assert batch(replace(ada, kv_cache_fraction=0.4))[0] == 32
+
+
+def test_weights_and_kv_cache_may_differ_one_way(real: ModelConfig) -> None:
+    plan = plan_for(real, arch="hopper", kv_cache_dtype="bf16")
+    assert (plan.precision, plan.kv_cache_dtype, plan.plugins["use_fp8_context_fmha"]) == (
+        "fp8",
+        "bf16",
+        "disable",
+    )
+    assert plan.memory.kv_cache_bytes_per_token == 128 * 1024
+
+
+def test_long_prompts_are_chunked_or_fit_in_a_step(real: ModelConfig) -> None:
+    long = {"arch": "hopper", "max_input_len": 20000, "max_seq_len": 24000}
+    assert plan_for(real, **long).limits.max_num_tokens == 8192
+    unpaged = (("use_paged_context_fmha", "disable"),)
+    plan = plan_for(real, **long, plugins=unpaged)
+    assert plan.limits.max_num_tokens == 20000
+    assert any("--max-num-tokens 20000 is more than 16384" in warning for warning in plan.warnings)
+    with pytest.raises(PlanError, match="--max-input-len 20000 with --max-num-tokens 8192 and no chunked"):
+        plan_for(real, **long, plugins=unpaged, max_num_tokens=8192)
+
+
+def test_small_plans_take_small_steps(real: ModelConfig) -> None:
+    limits = plan_for(real, arch="hopper", max_batch_size=1, max_seq_len=1024, max_input_len=512).limits
+    assert limits.max_num_tokens == 1024
+
+
+def test_more_requests_than_the_cache_holds_is_a_warning(real: ModelConfig) -> None:
+    plan = plan_for(real, arch="ada", max_batch_size=512)
+    assert any("fewer than --max-batch-size 512" in warning for warning in plan.warnings)
+
+
+def test_one_request_of_full_length_must_fit(real: ModelConfig) -> None:
+    with pytest.raises(
+        DoesNotFitError, match=r"L4: .*lower --max-seq-len to \d+ or less, or use --precision fp8"
+    ):
+        plan_for(real, arch="ada", precision="bf16", max_seq_len=131072)
 
 
 def test_model_with_few_positions_gets_what_it_has(real: ModelConfig) -> None:
@@ -76,7 +179,32 @@ def test_model_with_few_positions_gets_what_it_has(real: ModelConfig) -> None:
         ({"precision": "fp8"}, "--precision fp8 with --arch cpu; expected bf16"),
         ({"arch": "ampere", "precision": "fp8"}, "--precision fp8 with --arch ampere.*no FP8 tensor cores"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 with --arch cpu"),
-        ({"arch": "hopper"}, "does not build TensorRT engines yet"),
+        ({"precision": "fp8"}, "FP8 on the reference engine is not built in this version"),
+        ({"sm": 90}, "--sm 90 with --arch cpu"),
+        ({"gpu": "H100"}, "--gpu H100 is SM 90; expected cpu"),
+        ({"gpu_memory_gb": 24}, "--gpu-memory-gb with --arch cpu"),
+        ({"plugins": (("gemm_plugin", "auto"),)}, "--plugin gemm_plugin with --arch cpu"),
+        ({"arch": "ampere", "sm": 90}, "--sm 90 with --arch ampere; expected --arch hopper"),
+        ({"arch": "auto", "sm": 75}, "--sm 75; expected one of 80 ampere, 86 ampere, 89 ada"),
+        ({"arch": "ampere", "kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 with --arch ampere.*no FP8"),
+        (
+            {"arch": "hopper", "precision": "bf16", "kv_cache_dtype": "fp8"},
+            "and bf16 weights; expected fp8 weights or a bf16 KV cache; TensorRT-LLM turns paged context",
+        ),
+        ({"arch": "hopper", "tp_size": 3}, "--tp-size 3 does not divide"),
+        ({"arch": "hopper", "max_batch_size": 64, "max_num_tokens": 16}, "--max-num-tokens 16.*at least 64"),
+        (
+            {"arch": "hopper", "max_batch_size": 1, "max_num_tokens": 20000},
+            "--max-num-tokens 20000.*at most 9216",
+        ),
+        ({"arch": "hopper", "max_input_len": 9300}, "--max-input-len 9300 with --max-seq-len 9216"),
+        (
+            {"arch": "blackwell", "plugins": (("gemm_swiglu_plugin", "fp8"),)},
+            "gemm_swiglu_plugin=fp8 on SM 100",
+        ),
+        ({"arch": "hopper", "kv_cache_fraction": 0}, "--kv-cache-fraction is 0"),
+        ({"arch": "hopper", "gpu": "L4"}, "--gpu L4 is SM 89; expected hopper"),
+        ({"arch": "hopper", "gpu": "H300"}, "--gpu H300; expected one of"),
         ({"tp_size": 3}, "--tp-size 3 does not divide"),
         ({"pp_size": 33}, "--pp-size 33 for 32 layers"),
         ({"max_input_len": 4096, "max_seq_len": 4096}, "--max-input-len 4096 with --max-seq-len 4096"),

@@ -256,10 +256,10 @@ class TestOptions:
 
 
 class TestSpawn:
-    def test_program_that_cannot_be_started_is_a_stage_error(self) -> None:
+    def test_program_that_cannot_be_started_is_a_stage_error(self, tmp_path: Path) -> None:
         relay = triton_server._LogRelay(ServerOptions(Path("repo")), None)
         with pytest.raises(StageError, match=r"could not be started: .*No such file"):
-            relay.spawn(["/nowhere/python"], {})
+            relay.spawn(["/nowhere/python"], {}, tmp_path)
 
     def test_files_of_a_living_owner_are_not_swept(self) -> None:
         residue = triton_server._Residue.create()

@@ -1,0 +1,65 @@
+"""What a user asks of a plan, and the record of one decision.
+
+The words are the command line's. It checks single values; whether they fit together, the model and the
+target is the plan's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron_build.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Something that was decided for the user, and why."""
+
+    what: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What the user asked for; None leaves the decision to the plan.
+
+    Attributes:
+        sm: compute capability x 10, for a member of a generation that `arch` alone does not mean.
+        gpu: the GPU model that limits are chosen for, a name of gpu_models.py.
+        gpu_memory_gb: its memory in 10^9 bytes, instead of what the table or the driver says.
+        kv_cache_fraction: of the GPU memory free beside weights and activations, what the KV cache takes.
+        plugins: (name, value) pairs for trtllm-build, over what the plan would choose.
+    """
+
+    arch: str = "auto"
+    precision: str = "auto"
+    kv_cache_dtype: str = "auto"
+    tp_size: int = 1
+    pp_size: int = 1
+    max_batch_size: int | None = None
+    max_input_len: int | None = None
+    max_seq_len: int | None = None
+    max_num_tokens: int | None = None
+    sm: int | None = None
+    gpu: str | None = None
+    gpu_memory_gb: float | None = None
+    kv_cache_fraction: float = 0.9
+    plugins: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PlanError(f"{flag_name(name)} is {value}", expected="1 or more")
+        if not 0 < self.kv_cache_fraction <= 1:
+            raise PlanError(
+                f"--kv-cache-fraction is {self.kv_cache_fraction}", expected="more than 0 and at most 1"
+            )
+        if self.gpu_memory_gb is not None and not 0 < self.gpu_memory_gb < float("inf"):
+            raise PlanError(f"--gpu-memory-gb is {self.gpu_memory_gb}", expected="a positive number")
+
+
+def flag_name(field: str) -> str:
+    """The command line's name of a field."""
+    return "--" + field.replace("_", "-")
