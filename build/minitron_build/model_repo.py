@@ -79,6 +79,8 @@ def _place_engine(plan: BuildPlan, engine_dir: Path, output_dir: Path) -> None:
     for path in engine_dir.iterdir():
         os.link(path, version_dir / path.name)
     write_engine_model(engine, plan, output_dir / ENGINE_MODEL)
+    # Only the reference engine acknowledges responses; with the C++ backend the BLS would wait for ever.
+    _set_parameters(output_dir, {"tensorrt_llm_bls": {"acknowledge_responses": "false"}})
     for model in ("tensorrt_llm_bls", "ensemble"):
         config = pbtxt.read_config(output_dir / model)
         set_logits_type(config, engine)

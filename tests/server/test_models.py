@@ -229,6 +229,17 @@ async def test_32_streams_at_once_give_what_each_gives_alone(
     assert texts == [expected(seed=seed, **LIVELY) for seed in seeds]
 
 
+async def test_many_short_streams_leave_the_models_alive(
+    channel: Channel, expected: Callable[..., str]
+) -> None:
+    # Beginning and ending requests while others stream is what deadlocked and crashed the Python backend.
+    for _ in range(15):
+        texts = await asyncio.gather(
+            *(channel.text(model, stream=True, max_tokens=6) for model in TEXT_MODELS for _ in range(24))
+        )
+        assert set(texts) == {expected(max_tokens=6)}
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_stop_word_ends_the_text_and_stays_in_it(
     channel: Channel, expected: Callable[..., str], stream: bool

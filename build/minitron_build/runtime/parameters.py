@@ -91,10 +91,10 @@ class Parameters:
         Raises:
             ParameterError: missing, or no such folder.
         """
-        path = self._model_dir / self.text(key)
+        path = (self._model_dir / self.text(key)).resolve()
         if not path.is_dir():
             raise ParameterError(
-                f"parameter {key} of model {self.model_name} names {path.resolve()}, which is not a folder; "
+                f"parameter {key} of model {self.model_name} names {path}, which is not a folder; "
                 "serve the whole bundle, or set it in config.pbtxt"
             )
         return path

@@ -8,6 +8,7 @@ thread owns every response, one watcher polls cancellation and deadlines.
 from __future__ import annotations
 
 import itertools
+import json
 import queue
 import threading
 import time
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from . import tensors
+from .acknowledgement import PARAMETER, AckReceiver
 from .parameters import Parameters
 from .reference_engine import EngineLimits, EngineOutput, QueueFullError, ReferenceEngine, RequestError
 from .status import CANCELLED, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, StatusError, invalid
@@ -60,6 +62,11 @@ class _Call:
     ending: StatusError | None = None
     """Why the request is being cancelled; None also when a `stop` request did it."""
     closed: bool = False
+    is_acknowledged: bool = False
+    """The reader acknowledges each response, and gets the next one only then; it has one sequence."""
+    awaits_ack: bool = False
+    failure: StatusError | None = None
+    """What to end with once the response under way has been acknowledged."""
     # Polling a request whose final response has gone out would touch freed memory in the server.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -87,10 +94,18 @@ class TritonPythonModel:
         )
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
+        self._reading: dict[str, _Call] = {}  # by request id, which an acknowledging reader makes unique
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._threads = [threading.Thread(target=self._send_work, name="sender", daemon=True)]
-        self._threads.append(threading.Thread(target=self._watch, name="watcher", daemon=True))
+        self._acks = AckReceiver(parameters.model_name)
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (
+                ("sender", self._send_work),
+                ("watcher", self._watch),
+                ("acks", self._read_acks),
+            )
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -108,8 +123,10 @@ class TritonPythonModel:
         self._closing.set()
         self._engine.close()
         self._work.put(None)
+        self._acks.wake()
         for thread in self._threads:
             thread.join()
+        self._acks.close()
 
     def _accept(self, request: Any, sender: Any) -> None:
         inputs = tensors.read_inputs(request, rows_of=ROWS_OF)
@@ -130,8 +147,11 @@ class TritonPythonModel:
             deadline_s=_deadline_s(request),
             sequences=tuple(_Sequence(sequence) for sequence in asked.sequences),
             remaining=len(asked.sequences),
+            is_acknowledged=len(asked.sequences) == 1 and PARAMETER in json.loads(request.parameters()),
         )
         self._calls[number] = call
+        if call.is_acknowledged:
+            self._reading[call.request_id] = call
         self._submit(call)
 
     def _submit(self, call: _Call) -> None:
@@ -172,6 +192,8 @@ class TritonPythonModel:
 
     def _deliver(self, call: _Call, sequence: _Sequence) -> None:
         """Send what the engine has made since the last time; several steps are one response."""
+        if call.awaits_ack:
+            return
         outputs = _drain(sequence.pending)
         if not outputs or call.closed:
             return
@@ -185,19 +207,16 @@ class TritonPythonModel:
         if reason == "error":
             self._fail(call, StatusError(INTERNAL, outputs[-1].error or "the engine gave no reason"))
         elif reason == "cancelled":
-            self._end_cancelled(call, sequence, outputs)
+            self._end_cancelled(call)
         else:
             sequence.held.extend(outputs)
             if reason is not None or call.asked.streaming:
                 self._send_held(call, sequence, is_last=reason is not None)
 
-    def _end_cancelled(self, call: _Call, sequence: _Sequence, outputs: list[EngineOutput]) -> None:
+    def _end_cancelled(self, call: _Call) -> None:
         if call.ending is not None:
             self._fail(call, call.ending)
             return
-        sequence.held.extend(output for output in outputs if output.token_ids)
-        if sequence.held and call.asked.streaming:
-            self._send_held(call, sequence, is_last=False)
         self._send(call, empty_arrays(call.wanted), ends_sequence=True)
 
     def _send_held(self, call: _Call, sequence: _Sequence, *, is_last: bool) -> None:
@@ -212,12 +231,15 @@ class TritonPythonModel:
     def _send(self, call: _Call, arrays: dict[str, Any], *, ends_sequence: bool) -> None:
         call.remaining -= ends_sequence
         if call.remaining:
+            call.awaits_ack = call.is_acknowledged
             call.sender.send(tensors.response(arrays))
         else:
             self._close(call, tensors.response(arrays))
 
     def _fail(self, call: _Call, error: StatusError) -> None:
-        if not call.closed:
+        if call.awaits_ack:
+            call.failure = error
+        elif not call.closed:
             self._cancel(call)
             self._close(call, tensors.error_response(error))
 
@@ -226,7 +248,25 @@ class TritonPythonModel:
         with call.lock:
             call.closed = True
             self._calls.pop(call.number, None)
+            if call.is_acknowledged:
+                self._reading.pop(call.request_id, None)
             tensors.send_final(call.sender, response)
+
+    def _acknowledged(self, request_id: str) -> None:
+        """Go on with a request whose last response has been read."""
+        call = self._reading.get(request_id)
+        if call is None or not call.awaits_ack:
+            return
+        call.awaits_ack = False
+        if call.failure is not None:
+            self._fail(call, call.failure)
+        self._deliver(call, call.sequences[0])
+
+    # --- acknowledgement thread
+
+    def _read_acks(self) -> None:
+        while request_id := self._acks.receive():
+            self._work.put(partial(self._acknowledged, request_id))
 
     # --- watcher thread
 

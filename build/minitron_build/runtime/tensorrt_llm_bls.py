@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import tensors
+from .acknowledgement import PARAMETER, AckSender
 from .inputs import Array
 from .parameters import Parameters
 from .prompts import PromptEncoder
@@ -101,6 +102,8 @@ class TritonPythonModel:
         self._skip_special_tokens = parameters.flag("skip_special_tokens")
         self._engine_model = parameters.text("tensorrt_llm_model_name")
         self._max_streams = parameters.number("max_concurrent_requests")
+        acknowledges = parameters.flag("acknowledge_responses")
+        self._acks = AckSender(self._engine_model) if acknowledges else None
         # A thread per stream: the engine's responses come through an iterator that blocks.
         self._stream_threads = ThreadPoolExecutor(max(1, self._max_streams), "stream")
         self._desk_threads = ThreadPoolExecutor(DESK_THREADS, "desk")
@@ -117,6 +120,8 @@ class TritonPythonModel:
         self._stream_threads.shutdown(wait=False, cancel_futures=True)
         self._desk_threads.shutdown(wait=False, cancel_futures=True)
         tensors.drop_finished()
+        if self._acks:
+            self._acks.close()
 
     async def _serve(self, request: Any) -> None:
         sender = request.get_response_sender()
@@ -290,11 +295,18 @@ class TritonPythonModel:
         """Step through the engine model's responses and hand each to the event loop."""
         last: StatusError | None = None
         try:
-            inputs = stream.text.sequence.engine_inputs
             for answer in tensors.ask_model(
-                self._engine_model, inputs, request_id=stream.engine_id, outputs=outputs
+                self._engine_model,
+                stream.text.sequence.engine_inputs,
+                request_id=stream.engine_id,
+                outputs=outputs,
+                parameters={PARAMETER: True} if self._acks else None,
             ):
+                if self._acks:
+                    self._acks.send(stream.engine_id)
                 self._put(stream, tensors.read_response(answer), loop)
+        except OSError as error:
+            last = StatusError(UNAVAILABLE, f"model {self._engine_model} is gone ({error})")
         except Exception as error:
             last = tensors.as_status(error, "tensorrt_llm_bls")
         self._put(stream, last, loop)

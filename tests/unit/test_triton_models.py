@@ -1,0 +1,365 @@
+"""The committed model repository against upstream's tensors, and what of the models needs no Triton."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minitron_build import pbtxt
+from minitron_build.runtime.acknowledgement import AckReceiver, AckSender
+from minitron_build.runtime.inputs import Inputs
+from minitron_build.runtime.parameters import ParameterError, Parameters
+from minitron_build.runtime.prompts import PromptEncoder
+from minitron_build.runtime.status import StatusError
+from minitron_build.runtime.text_generation import TextGeneration
+from minitron_build.runtime.text_request import TextSequence, read_text_request
+from minitron_build.runtime.token_request import read_token_request
+from minitron_build.runtime.tokenizer import TextTokenizer
+from minitron_build.runtime.word_lists import pack, unpack
+
+ROOT = Path(__file__).parents[2]
+MODEL_REPO = ROOT / "model_repo"
+UPSTREAM = json.loads((ROOT / "tests/golden/data/triton_tensors.json").read_text())["models"]
+MODELS = ("ensemble", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls", "postprocessing")
+TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
+ADDED = {"input": {"stop", "return_output_ids"}, "output": {"finish_reason", "output_ids"}}
+PLACEHOLDERS = {"${logits_datatype}": "TYPE_FP32"}
+LEFT_OUT = {
+    # What this model cannot use: other modalities, encoders, prompt tables, adapters, guided and draft
+    # decoding.
+    "image", "images", "video", "pixel", "aspect", "vision", "attention", "is", "encoder", "decoder", "cross",
+    "skip", "prompt", "lora", "guided", "draft", "num", "use", "mrope", "context", "retention", "lookahead",
+    "acceptance", "total", "request", "out",
+}  # fmt: skip
+
+
+def specs(model: str, side: Any) -> dict[str, pbtxt.TensorSpec]:
+    listed = list(pbtxt.tensors(pbtxt.read_config(MODEL_REPO / model), side))
+    by_name = {spec.name: spec for spec in listed}
+    assert len(by_name) == len(listed)
+    return by_name
+
+
+def test_the_repository_holds_the_five_models_and_nothing_else() -> None:
+    assert sorted(path.name for path in MODEL_REPO.iterdir()) == sorted(MODELS)
+    for model in MODELS:
+        assert pbtxt.read_config(MODEL_REPO / model).name == model
+        entry = ".gitkeep" if model == "ensemble" else "model.py"
+        assert (MODEL_REPO / model / "1" / entry).is_file()
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("model", MODELS)
+def test_tensors_are_upstreams(model: str, side: str) -> None:
+    ours = specs(model, side)
+    upstream = {tensor["name"]: tensor for tensor in UPSTREAM[model][f"{side}s"]}
+    assert set(ours) - set(upstream) == (ADDED[side] if model in TEXT_MODELS else set())
+    for name in set(ours) & set(upstream):
+        theirs = upstream[name]
+        reshape = theirs["reshape"]
+        assert ours[name] == pbtxt.TensorSpec(
+            name=name,
+            dtype=PLACEHOLDERS.get(theirs["dtype"], theirs["dtype"]),
+            dims=tuple(theirs["dims"]),
+            optional=theirs.get("optional", False),
+            reshape=None if reshape is None else tuple(reshape),
+            allow_ragged_batch=theirs.get("allow_ragged_batch", False),
+        )
+    for name in set(upstream) - set(ours):
+        assert name.lower().split("_")[0] in LEFT_OUT
+
+
+def test_additions_are_optional_so_that_upstreams_clients_keep_working() -> None:
+    for model in TEXT_MODELS:
+        assert all(specs(model, "input")[name].optional for name in ADDED["input"])
+
+
+def test_the_ensemble_is_one_step_that_maps_every_tensor_through() -> None:
+    config = pbtxt.read_config(MODEL_REPO / "ensemble")
+    (step,) = config.ensemble_scheduling.step
+    assert (step.model_name, step.model_version) == ("tensorrt_llm_bls", -1)
+    assert dict(step.input_map) == {name: name for name in specs("ensemble", "input")}
+    assert dict(step.output_map) == {name: name for name in specs("ensemble", "output")}
+    for side in ("input", "output"):
+        assert set(specs("ensemble", side)) == set(specs("tensorrt_llm_bls", side))
+
+
+def test_models_that_stream_are_decoupled_and_have_one_instance() -> None:
+    for model in MODELS:
+        config = pbtxt.read_config(MODEL_REPO / model)
+        assert config.model_transaction_policy.decoupled == (model in ("tensorrt_llm", "tensorrt_llm_bls"))
+        assert [group.count for group in config.instance_group] == ([] if model == "ensemble" else [1])
+
+
+# --- parameters
+
+
+def parameters(model_dir: Path, **values: str) -> Parameters:
+    config = {"parameters": {key: {"string_value": value} for key, value in values.items()}}
+    args = {"model_config": json.dumps(config), "model_repository": str(model_dir), "model_name": "m"}
+    return Parameters(args)
+
+
+def test_parameters_are_read(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    read = parameters(tmp_path / "m", number="7", yes="True", no="false", ids="1, 2", folder="../there")
+    (tmp_path / "m").mkdir()
+    assert (read.number("number"), read.flag("yes"), read.flag("no")) == (7, True, False)
+    assert read.token_ids("ids") == (1, 2)
+    assert read.folder("folder").resolve() == tmp_path / "there"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "sentence"),
+    [
+        ("text", "", "parameter x of model m is missing; set it in config.pbtxt"),
+        ("number", "-1", "parameter x of model m is '-1'; expected a whole number"),
+        ("flag", "yes", "parameter x of model m is 'yes'; expected true or false"),
+        ("token_ids", "1,,2", "parameter x of model m is '1,,2'; expected token ids separated by commas"),
+        ("folder", "gone", "which is not a folder; serve the whole bundle, or set it in config.pbtxt"),
+    ],
+)
+def test_a_wrong_parameter_is_refused(tmp_path: Path, kind: str, value: str, sentence: str) -> None:
+    with pytest.raises(ParameterError, match=sentence.replace(".", r"\.")):
+        getattr(parameters(tmp_path, x=value), kind)("x")
+
+
+# --- inputs
+
+
+def refusal(call: Any, *args: Any) -> str:
+    with pytest.raises(StatusError) as caught:
+        call(*args)
+    assert str(caught.value).startswith("INVALID_ARGUMENT: ")
+    return caught.value.sentence
+
+
+def test_inputs_are_read_by_row() -> None:
+    words = np.array([[b"a", b"b"], [b"c", b""]], dtype=np.object_)
+    inputs = Inputs({"n": np.array([3, 4]), "words": words, "ids": np.array([[1, 2], [3, 4]])}, 2)
+    assert [inputs.scalar("n", row) for row in range(2)] == [3, 4]
+    assert [inputs.texts("words", row) for row in range(2)] == [("a", "b"), ("c",)]
+    assert inputs.scalar("absent", 0, 9) == 9
+    assert inputs.row("absent", 0) is None
+    assert inputs.same("absent", 9) == 9
+
+
+def test_inputs_of_the_wrong_shape_are_refused() -> None:
+    inputs = Inputs({"n": np.array([[3, 4]]), "two": np.array([1, 2]), "ids": np.array([[1, 2]])}, 2)
+    assert "ids has shape [1, 2]; expected 2 rows" in refusal(inputs.row, "ids", 0)
+    assert "two differs between the rows" in refusal(inputs.same, "two", 0)
+    assert "n has shape [1, 2]; expected one value for each of 1 rows" in refusal(
+        Inputs({"n": np.array([[3, 4]])}, 1).scalar, "n", 0
+    )
+
+
+def test_word_lists_survive_the_flat_layout() -> None:
+    rows = [[(1, 2), (3,)], [], [(4,)]]
+    packed = pack(rows)
+    assert packed.shape == (3, 2, 3)
+    assert packed[0].tolist() == [[1, 2, 3], [2, 3, -1]]
+    assert [unpack(row, "x") for row in packed] == [tuple(row) for row in rows]
+    assert pack([[], []]).shape == (2, 2, 0)
+    assert unpack(None, "x") == ()
+
+
+@pytest.mark.parametrize(
+    ("packed", "sentence"),
+    [
+        ([[1, 2], [3, -1]], "x has sequence ends [3] over 2 ids"),
+        ([[1, 2], [2, 1]], "x has sequence ends [2, 1] over 2 ids"),
+        ([[1, 2], [0, 1]], "x has sequence ends [0, 1] over 2 ids"),
+        ([[1, 2]], "x has shape [1, 2] per row; expected [2, length]"),
+    ],
+)
+def test_a_broken_word_list_is_refused(packed: list[list[int]], sentence: str) -> None:
+    assert sentence in refusal(unpack, np.array(packed, dtype=np.int32), "x")
+
+
+def test_unset_sampling_tensors_leave_upstreams_defaults_and_seeds_count_up() -> None:
+    arrays = {
+        "input_ids": np.array([[1, 2]]),
+        "input_lengths": np.array([2]),
+        "request_output_len": np.array([3]),
+    }
+    asked = read_token_request(
+        Inputs(arrays | {"num_return_sequences": np.array([2]), "seed": np.array([2**64 - 1], np.uint64)}, 1),
+        key="k",
+        exclude_input_default=True,
+    )
+    assert [one.generation.sampling.seed for one in asked.sequences] == [2**64 - 1, 0]
+    assert [one.generation.key for one in asked.sequences] == ["k.0.0", "k.0.1"]
+    assert asked.sequences[0].generation.sampling.is_greedy
+    assert asked.exclude_input
+    assert not asked.streaming
+    assert asked.sequences[0].generation.end_id is None
+
+
+# --- text
+
+
+@pytest.fixture
+def encoder(tiny_minitron: Path) -> PromptEncoder:
+    values = {"tokenizer_dir": str(tiny_minitron), "add_special_tokens": "true", "pad_token_id": "509"}
+    return PromptEncoder(parameters(tiny_minitron, eos_token_ids="509,510", **values))
+
+
+def text_inputs(**values: Any) -> Inputs:
+    arrays = {
+        name: np.array([[value]], dtype=np.object_ if isinstance(value, bytes) else None)
+        for name, value in ({"text_input": b"abc", "max_tokens": 5} | values).items()
+    }
+    return Inputs(arrays, 1)
+
+
+def test_a_text_request_becomes_an_engine_request(encoder: PromptEncoder) -> None:
+    asked = read_text_request(
+        text_inputs(temperature=0.5, seed=7, stop_words=b"x", bad_words=b"yz", return_log_probs=True), encoder
+    )
+    (sequence,) = asked.sequences
+    engine = {name: array.tolist() for name, array in sequence.engine_inputs.items()}
+    ids = encoder.tokenizer.encode("abc", add_special_tokens=True)
+    assert (engine["input_ids"], engine["input_lengths"]) == ([ids], [[len(ids)]])
+    assert (engine["temperature"], engine["seed"]) == ([[0.5]], [[7]])
+    assert (engine["end_id"], engine["pad_id"]) == ([[509]], [[509]])
+    assert engine["stop_words_list"] == [[[510], [1]]]  # further end ids; stop words are matched on the text
+    assert unpack(np.array(engine["bad_words_list"][0]), "x") == encoder.word_ids(["yz"])
+    assert engine["streaming"] == [[True]]  # so that the stop word is seen in time
+    assert engine["return_log_probs"] == [[True]]
+    assert "return_context_logits" not in engine
+    assert not asked.streaming
+
+
+def test_an_end_id_of_the_request_replaces_the_models_and_a_negative_one_ends_nothing(
+    encoder: PromptEncoder,
+) -> None:
+    (sequence,) = read_text_request(text_inputs(end_id=65), encoder).sequences
+    assert sequence.end_ids == (65,)
+    assert "stop_words_list" not in sequence.engine_inputs
+    (sequence,) = read_text_request(text_inputs(end_id=-1), encoder).sequences
+    assert sequence.end_ids == ()
+    assert "end_id" not in sequence.engine_inputs
+
+
+def generation(tokenizer: TextTokenizer, **changes: Any) -> TextGeneration:
+    fields: dict[str, Any] = {
+        "batch_index": 0,
+        "sequence_index": 0,
+        "prompt": "p",
+        "input_tokens": 1,
+        "min_tokens": 0,
+        "stop_words": (),
+        "end_ids": (509,),
+        "engine_inputs": {},
+    }
+    return TextGeneration(TextSequence(**(fields | changes)), tokenizer, skip_special_tokens=True)
+
+
+def ids_array(ids: list[int]) -> dict[str, np.ndarray]:
+    return {"output_ids": np.array([[ids]], dtype=np.int32)}
+
+
+def test_ids_travel_with_the_text_they_complete(tiny_minitron: Path) -> None:
+    tokenizer = TextTokenizer(tiny_minitron)
+    ids = tokenizer.encode("👍", add_special_tokens=False)
+    assert len(ids) > 1
+    text = generation(tokenizer)
+    for token_id in ids[:-1]:
+        text.feed(ids_array([token_id]))
+        assert text.take() is None
+    text.feed(ids_array([ids[-1]]))
+    taken = text.take()
+    assert taken is not None
+    assert taken["text_output"].item().decode() == "👍"
+    assert taken["output_ids"].tolist() == [ids]
+    assert "finish_reason" not in taken
+
+
+def test_what_follows_the_end_is_cut_off_text_ids_and_log_probs_alike(tiny_minitron: Path) -> None:
+    tokenizer = TextTokenizer(tiny_minitron)
+    ids = tokenizer.encode("one two three", add_special_tokens=False)
+    text = generation(tokenizer, stop_words=("two",))
+    text.feed(ids_array(ids) | {"output_log_probs": np.full((1, 1, len(ids)), -1.0)})
+    text.feed(ids_array(ids))
+    text.finish("length")
+    taken = text.take()
+    assert taken is not None
+    assert taken["text_output"].item() == b"one two"
+    kept = taken["output_ids"].tolist()[0]
+    assert tokenizer.decode(kept, skip_special_tokens=True).startswith("one two")
+    assert taken["output_log_probs"].shape == (1, 1, len(kept))
+    assert taken["cum_log_probs"].item() == -len(kept)
+    assert taken["num_output_tokens"].item() == len(kept)
+    assert taken["finish_reason"].item() == b"stop"
+
+
+@pytest.mark.parametrize(
+    ("ids", "min_tokens", "reason", "text"),
+    [
+        ([65, 509], 0, "stop", "b"),
+        ([65, 66], 0, "length", "bc"),
+        ([65, 509, 66], 3, "length", "bc"),  # an end id before min_tokens ends nothing
+    ],
+)
+def test_why_a_text_ended(
+    tiny_minitron: Path, ids: list[int], min_tokens: int, reason: str, text: str
+) -> None:
+    tokenizer = TextTokenizer(tiny_minitron)
+    made = generation(tokenizer, min_tokens=min_tokens)
+    made.feed(ids_array(ids))
+    made.finish("length")
+    taken = made.take()
+    assert taken is not None
+    assert made.finish_reason == reason
+    assert taken["text_output"].item().decode() == text
+
+
+def test_several_beams_are_an_error_and_an_empty_final_response_is_not(tiny_minitron: Path) -> None:
+    text = generation(TextTokenizer(tiny_minitron))
+    text.feed({})
+    text.feed({"output_ids": np.zeros((1, 1, 0), dtype=np.int32)})
+    with pytest.raises(StatusError, match=r"INTERNAL: the engine sent output_ids of shape \[1, 2, 3\]"):
+        text.feed({"output_ids": np.zeros((1, 2, 3), dtype=np.int32)})
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "sentence"),
+    [
+        ("UNAVAILABLE: 3 requests wait", "UNAVAILABLE", "3 requests wait"),
+        ("Stub process 'x' is not healthy.", "UNAVAILABLE", "Stub process 'x' is not healthy."),
+        ("Request timeout expired", "DEADLINE_EXCEEDED", "Request timeout expired"),
+        ("Prompt length (9) exceeds maximum input length (8)", "INVALID_ARGUMENT", None),
+        ("something: else", "INTERNAL", "something: else"),
+    ],
+)
+def test_another_models_message_becomes_a_status(message: str, status: str, sentence: str | None) -> None:
+    error = StatusError.read(message)
+    assert (error.status, error.sentence) == (status, sentence or message)
+
+
+def test_a_status_is_one_line_and_one_of_the_known() -> None:
+    assert str(StatusError("INTERNAL", "a\n  b")) == "INTERNAL: a b"
+    with pytest.raises(ValueError, match="expected one of INVALID_ARGUMENT"):
+        StatusError("TEAPOT", "x")
+
+
+# --- acknowledgements
+
+
+def test_acknowledgements_arrive_in_order_and_a_missing_receiver_is_an_error() -> None:
+    sender, receiver = AckSender("a model of this test"), AckReceiver("a model of this test")
+    sender.send("first")
+    sender.send("second")
+    receiver.wake()
+    assert [receiver.receive() for _ in range(3)] == ["first", "second", ""]
+    receiver.close()
+    with pytest.raises(ConnectionRefusedError):
+        sender.send("third")
+    sender.close()
