@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     source = resolve_checkpoint(args.checkpoint, args.revision)
     plan = plan_build(source, request)
     print("\n".join(plan.lines()), file=sys.stderr)
-    missing = check_build(plan, args.output_dir, args.stop_after, container=args.container)
+    missing = check_build(plan, args.output_dir, args.stop_after, container=args.container, force=args.force)
     if args.stop_after == "checkpoint":
         checkpoint = build_checkpoint(plan, source, args.output_dir, force=args.force)
         print(json.dumps({"checkpoint": str(checkpoint.path), "files": sorted(checkpoint.files)}))
@@ -102,7 +102,7 @@ def plan_build(source: Source, request: PlanRequest, output_dir: Path | None = N
 
 
 def check_build(
-    plan: BuildPlan, output_dir: Path, stop_after: str, *, container: bool
+    plan: BuildPlan, output_dir: Path, stop_after: str, *, container: bool, force: bool = False
 ) -> MachineError | None:
     """Everything that can be refused before the first byte of work.
 
@@ -127,7 +127,7 @@ def check_build(
     check_output_dir(output_dir)
     if plan.sm is None or stop_after == "checkpoint":
         return None
-    return precheck(plan, read_machine(output_dir), output_dir, container=container)
+    return precheck(plan, read_machine(output_dir), output_dir, container=container, force=force)
 
 
 def build_checkpoint(
@@ -153,14 +153,14 @@ def build_engine_stage(
 ) -> Path:
     """The engine in `output_dir/engine`, the checkpoint before it; whole stages are taken as they are."""
     checkpoint = build_checkpoint(plan, source, output_dir, force=force)
-    gpus = find_gpus()
+    gpus = read_machine(output_dir).gpus
     engine = build_engine(
         plan,
         checkpoint.path,
         output_dir / ENGINE_DIR,
         container=container,
         force=force,
-        gpu=gpus[0].name if gpus else None,
+        gpu=gpus[0].gpu.name if gpus else None,
         on_line=lambda line: print(line, file=sys.stderr),
     )
     for difference in engine.differences(plan):

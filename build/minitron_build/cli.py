@@ -32,6 +32,7 @@ VERBS: dict[str, Verb] = {
     ),
     "inspect": Verb("minitron_build.inspect_command", "what a checkpoint, engine or bundle is, verified"),
     "lint": Verb("minitron_build.lint", "check a TensorRT-LLM model repository for Triton"),
+    "deploy": Verb("minitron_build.deploy_command", "a Helm chart or Compose file that serves a bundle"),
     "serve": Verb("minitron_build.serve", "serve a bundle with Triton until SIGTERM"),
     "demo": Verb("minitron_build.demo", "build, serve and stream the demo model on this CPU"),
     "logits": Verb("minitron_build.logits", "next-token logits of a TensorRT-LLM checkpoint, as JSON"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from minitron_build.model_config import ModelConfig
 from minitron_build.request import Decision
 
+CGROUP = Path("/sys/fs/cgroup")
 CPU_MAX_BATCH = 64
 CPU_MEMORY_SHARE = 0.5
 """Of the memory that is available now, what weights and KV cache of the reference engine may take."""
@@ -22,8 +23,20 @@ def available_memory_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    limit, used = (_read_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return available if limit is None else min(available, max(0, limit - (used or 0)))
+    limit = _read_number(CGROUP / "memory.max")
+    if limit is None:
+        return available
+    # Cached pages that nobody uses are given back before the limit bites: they are not taken.
+    used = (_read_number(CGROUP / "memory.current") or 0) - _inactive_file_bytes()
+    return min(available, max(0, limit - used))
+
+
+def _inactive_file_bytes() -> int:
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def _read_number(path: Path) -> int | None:

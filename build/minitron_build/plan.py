@@ -399,10 +399,18 @@ def _cpu_plan(
         compute_dtype=compute.value,
         mapping=mapping,
         limits=limits,
-        memory=_cpu_memory(config, mapping, compute.value, limits, available_bytes),
+        memory=(memory := _cpu_memory(config, mapping, compute.value, limits, available_bytes)),
         decisions=(*decisions, compute, kv_cache, *limit_decisions),
-        warnings=config.warnings,
+        warnings=(*config.warnings, *_cpu_memory_warnings(memory)),
     )
+
+
+def _cpu_memory_warnings(memory: Memory) -> tuple[str, ...]:
+    """A bundle may be built on a small machine; serving it there is another matter."""
+    if memory.weights_bytes < memory.host_available_bytes:
+        return ()
+    need, have = memory.weights_bytes / 1e9, memory.host_available_bytes / 1e9
+    return (f"the weights take {need:.1f} GB when served, and {have:.1f} GB are available on this machine",)
 
 
 def _check_cpu_request(request: PlanRequest) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from minitron_build.engine import BuildTool, find_build_tool, remaining_work
 from minitron_build.errors import MachineError
 from minitron_build.host_memory import available_memory_bytes
+from minitron_build.manifest import MANIFEST_NAME
 from minitron_build.targets import GENERATIONS, Gpu
 from minitron_build.trtllm_flags import PROGRAM
 from minitron_build.versions import PIN, check_driver, check_tensorrt, check_tensorrt_llm
@@ -102,8 +103,15 @@ def visible_gpus(gpus: tuple[GpuState, ...], visible: str | None) -> tuple[GpuSt
     return tuple(chosen)
 
 
-def precheck(plan: BuildPlan, machine: Machine, output_dir: Path, *, container: bool) -> MachineError | None:
+def precheck(
+    plan: BuildPlan, machine: Machine, output_dir: Path, *, container: bool, force: bool = False
+) -> MachineError | None:
     """Hold a machine against a plan for a GPU target.
+
+    An engine that stands in `output_dir` already, perhaps built elsewhere and brought here, needs no GPU.
+
+    Args:
+        force: what stands there will be built again.
 
     Returns:
         None when the engine can be built here; else what is missing. Such a machine can still make the
@@ -112,11 +120,18 @@ def precheck(plan: BuildPlan, machine: Machine, output_dir: Path, *, container: 
     Raises:
         MachineError: this machine contradicts the plan: nothing should be begun.
     """
+    done = () if force else tuple(name for name in STAGE_DIRS if (output_dir / name).exists())
+    if not force and (output_dir / MANIFEST_NAME).exists():
+        return None
+    if "engine" in done:
+        _check_room(plan, machine, output_dir, done)
+        return None
     for gpu in machine.gpus[:1]:
         _check_gpu(plan, gpu)
     if machine.tool is not None and not container:
         _check_tool(machine.tool)
-    _check_room(plan, machine, output_dir, has_gpu=bool(machine.gpus))
+    # Without a GPU the engine stage does not run here.
+    _check_room(plan, machine, output_dir, done if machine.gpus else (*done, "engine"))
     return _missing(plan, machine, output_dir, container=container)
 
 
@@ -163,13 +178,9 @@ def _check_tool(tool: BuildTool) -> None:
         ) from None
 
 
-def _check_room(plan: BuildPlan, machine: Machine, output_dir: Path, *, has_gpu: bool) -> None:
-    """RAM and disk of the stages that are still to run; without a GPU the engine stage is not."""
-    stages = {
-        name: need
-        for name, need in plan.memory.stages.items()
-        if not (name in STAGE_DIRS and (output_dir / name).exists()) and (has_gpu or name != "engine")
-    }
+def _check_room(plan: BuildPlan, machine: Machine, output_dir: Path, not_to_run: tuple[str, ...]) -> None:
+    """RAM and disk of the stages that are to run here."""
+    stages = {name: need for name, need in plan.memory.stages.items() if name not in not_to_run}
     disk_bytes = sum(need.disk_bytes for need in stages.values()) - _bytes_done(output_dir)
     if machine.disk_bytes < disk_bytes:
         raise MachineError(

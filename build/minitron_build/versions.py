@@ -116,8 +116,8 @@ def _tags() -> str:
 
 
 def _release(version: str) -> str:
-    """The version without a local part such as `+cu130`."""
-    return version.strip().partition("+")[0]
+    """The version without a local part such as `+cu130` or a repackaging such as `.post1`."""
+    return re.sub(r"\.post\d+$", "", version.strip().partition("+")[0])
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -60,7 +60,9 @@ def measure(hf_dir: Path, work_dir: Path, rounds: int) -> dict[str, list[tuple[f
             out = work_dir / "out"
             shutil.rmtree(out, ignore_errors=True)
             results[name].append(run_timed([*command, str(out), *name.split()[2:]]))
-            print(f"{name}: {results[name][-1][0]:.1f} s, peak {results[name][-1][1]:.0f} MiB", file=sys.stderr)
+            print(
+                f"{name}: {results[name][-1][0]:.1f} s, peak {results[name][-1][1]:.0f} MiB", file=sys.stderr
+            )
             shutil.rmtree(out)
     return results
 

@@ -221,3 +221,7 @@ def test_refused(real: ModelConfig, request_: dict[str, Any], message: str) -> N
 
 def test_available_memory_is_what_this_process_may_take() -> None:
     assert 0 < available_memory_bytes() < 1 << 50
+
+
+def test_too_little_memory_to_serve_is_pointed_out(real: ModelConfig) -> None:
+    assert "9.0 GB when served, and 8.6 GB are available" in plan_for(real, available_gib=8).warnings[-1]

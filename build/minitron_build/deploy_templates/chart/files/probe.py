@@ -1,0 +1,101 @@
+"""Ask Triton in this container how it is; the exit code is the answer.
+
+`probe.py start` fails until one token comes. `probe.py alive` fails only when the models answer with a
+fault: a dead model process, which Triton neither restarts nor reports. A server too busy to answer in time is
+alive.
+`probe.py drain SECONDS` returns when the engine has no request, or when the time is over.
+Standard library only: it runs in the serving container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+
+GENERATE_URL = "http://127.0.0.1:{port}/v2/models/{model}/generate"
+METRICS_URL = "http://127.0.0.1:{port}/metrics"
+REQUESTS_METRIC = "nv_trt_llm_request_metrics{"
+OPEN_REQUESTS = ('request_type="active"', 'request_type="waiting"')
+PROMPT = "def add(a, b):"
+TIMEOUT_S = 20.0
+LEAVE_S = 5.0
+BUSY = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
+# What Triton and the text model say of a model process that has died, under UNAVAILABLE too.
+DEAD = ("is not healthy", "is gone")
+
+
+def ask(url: str, timeout_s: float) -> tuple[bool, str]:
+    """Whether a token came, and what came instead; TimeoutError when nothing did."""
+    body = json.dumps({"text_input": PROMPT, "max_tokens": 1}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            text = response.read().decode()
+    except urllib.error.HTTPError as error:
+        text = error.read().decode()
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            raise error.reason from None
+        return False, str(error.reason)
+    except OSError as error:
+        if isinstance(error, TimeoutError):
+            raise
+        return False, str(error)
+    # Triton sends some errors with status 200: only the text that was asked for is an answer.
+    return '"text_output"' in text, text
+
+
+def check(mode: str) -> int:
+    """0 for a server that has started or is alive, 1 with the reason on stderr."""
+    port = os.environ.get("PROBE_HTTP_PORT", "8000")
+    model = os.environ.get("PROBE_MODEL", "tensorrt_llm_bls")
+    try:
+        is_token, text = ask(GENERATE_URL.format(port=port, model=model), TIMEOUT_S)
+    except TimeoutError:
+        is_token, text = mode == "alive", f"no answer in {TIMEOUT_S:g} s"
+    is_busy = any(word in text for word in BUSY) and not any(word in text for word in DEAD)
+    if is_token or (mode == "alive" and is_busy):
+        return 0
+    print(f"probe {mode}: {text[:500]}", file=sys.stderr)
+    return 1
+
+
+def open_requests(metrics: str) -> float:
+    """Requests that the engine runs or holds, by Prometheus' text."""
+    lines = [line for line in metrics.splitlines() if line.startswith(REQUESTS_METRIC)]
+    return sum(float(line.split()[-1]) for line in lines if any(kind in line for kind in OPEN_REQUESTS))
+
+
+def drain(seconds: float) -> int:
+    """Wait until the engine has nothing to do; first for clients to learn that this server is leaving."""
+    deadline_s = time.monotonic() + seconds
+    time.sleep(min(LEAVE_S, seconds))
+    url = METRICS_URL.format(port=os.environ.get("PROBE_METRICS_PORT", "8002"))
+    while time.monotonic() < deadline_s:
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+                if open_requests(response.read().decode()) == 0:
+                    break
+        except OSError as error:  # it has gone: nothing is left to wait for
+            print(f"probe drain: {error}", file=sys.stderr)
+            break
+        time.sleep(1.0)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of one call."""
+    if len(argv) == 2 and argv[1] in ("start", "alive"):
+        return check(argv[1])
+    if len(argv) == 3 and argv[1] == "drain" and argv[2].isdigit():
+        return drain(float(argv[2]))
+    print("usage: probe.py start|alive|drain SECONDS", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,67 @@
+"""The probe of a deployed pod against a real Triton: a token, and a dead model process, unseen by health."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from minitron_build.bundle import Bundle
+from minitron_build.deploy_compose import PROBE_FILE
+from minitron_build.triton_server import ServerOptions, TritonServer, free_ports
+
+
+def run_probe(server: TritonServer, *words: str) -> subprocess.CompletedProcess[str]:
+    ports = {
+        "PROBE_HTTP_PORT": str(server.options.http_port),
+        "PROBE_METRICS_PORT": str(server.options.metrics_port),
+    }
+    return subprocess.run(
+        [sys.executable, str(PROBE_FILE), *words],
+        env=os.environ | ports,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_probe_gets_a_token(running_server: TritonServer) -> None:
+    for mode in ("start", "alive"):
+        answer = run_probe(running_server, mode)
+        assert (answer.returncode, answer.stderr) == (0, "")
+
+
+@pytest.fixture
+def own_server(tiny_bundle: Bundle) -> Iterator[TritonServer]:
+    """One that a test may break."""
+    grpc_port, http_port, metrics_port = free_ports(3)
+    options = ServerOptions(
+        model_repo=tiny_bundle.model_repo, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
+    )
+    with TritonServer.start(options) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.mark.parametrize("model", ["tensorrt_llm_bls", "tensorrt_llm"])
+def test_probe_sees_a_dead_model_process(own_server: TritonServer, model: str) -> None:
+    assert run_probe(own_server, "alive").returncode == 0
+    (stub,) = (
+        child
+        for child in psutil.Process(own_server.pid).children(recursive=True)
+        if any(f"/{model}/" in word for word in child.cmdline()) and "stub" in child.name()
+    )
+    os.kill(stub.pid, signal.SIGKILL)
+    for mode in ("start", "alive"):
+        answer = run_probe(own_server, mode)
+        assert answer.returncode == 1
+        assert "is not healthy" in answer.stderr or "is gone" in answer.stderr
+    with urllib.request.urlopen(f"{own_server.http_url}/v2/health/live", timeout=10) as health:
+        assert health.status == 200, "Triton itself does not notice"

@@ -1,0 +1,106 @@
+"""The whole path of a GPU bundle with the stand-in: build, resume, inspect, lint; elsewhere what can be."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_machine import H100, GpuMachine, make_gpu_machine
+from minitron_build.cli import main
+
+DATA = Path(__file__).parents[1] / "golden" / "data"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GpuMachine:
+    """A machine with nothing on it yet."""
+    return make_gpu_machine(tmp_path / "machine", monkeypatch)
+
+
+def build(bundle: Path, *flags: str) -> int:
+    """`minitron build` of the tiny model for hopper in bf16."""
+    wanted = ["--arch", "hopper", "--precision", "bf16", "--max-batch-size", "8", "--tp-size", "2"]
+    return main(
+        ["build", "--checkpoint", str(DATA / "tiny_minitron"), "--output-dir", str(bundle), *wanted, *flags]
+    )
+
+
+def last_json(text: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return value
+
+
+def names_in(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()}
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_build_inspect_lint(
+    container: bool, machine: GpuMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.add_gpus(H100)
+    machine.add_docker() if container else machine.add_tool()
+    bundle, flags = tmp_path / "bundle", ["--container"] * container
+    assert build(bundle, *flags) == 0, capsys.readouterr().err
+    assert names_in(bundle) == {"manifest.json", "model_repo"}
+    engine_dir = bundle / "model_repo" / "tensorrt_llm" / "1"
+    assert {"config.json", "engine.json", "rank0.engine", "rank1.engine"} <= names_in(engine_dir)
+    capsys.readouterr()
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    report = last_json(capsys.readouterr().out)
+    assert (report["kind"], report["parts"][0]["kind"]) == ("bundle", "engine")
+    assert report["facts"]["target"] == "hopper (SM 90)"
+    assert main(["lint", str(bundle / "model_repo")]) == 0, capsys.readouterr().out
+    assert build(bundle, *flags) == 0
+    assert len(machine.tool_calls()) == 1
+
+
+def test_a_failed_engine_stage_is_resumed(
+    machine: GpuMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.add_gpus(H100)
+    machine.add_tool()
+    bundle = tmp_path / "bundle"
+    machine.monkeypatch.setenv("STAND_IN_FAULT", "gpu_memory")
+    assert build(bundle) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("minitron: trtllm-build failed: GPU memory")
+    assert names_in(bundle) == {"checkpoint"}
+    written = (bundle / "checkpoint" / "rank0.safetensors").stat().st_mtime_ns
+    machine.monkeypatch.delenv("STAND_IN_FAULT")
+    assert build(bundle, "--keep-checkpoint") == 0
+    assert (bundle / "checkpoint" / "rank0.safetensors").stat().st_mtime_ns == written
+    assert len(machine.tool_calls()) == 2
+
+
+def test_without_a_gpu_all_but_the_engine_is_done(
+    machine: GpuMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint is made, the rest is said; the command run elsewhere is all that was missing."""
+    bundle = tmp_path / "bundle"
+    assert build(bundle) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("minitron: this machine: no NVIDIA GPU")
+    assert names_in(bundle) == {"checkpoint"}
+    argv = last_json(out)["remaining"]["local"]
+    assert err.splitlines()[-1].endswith(shlex.join(argv))
+    assert shlex.join(last_json(out)["remaining"]["container"]) in out
+    machine.add_tool()
+    machine.monkeypatch.setenv("STAND_IN_SM", "90")
+    subprocess.run(argv, check=True, cwd=machine.root, capture_output=True)
+    assert build(bundle) == 0, capsys.readouterr().err
+    assert names_in(bundle) == {"manifest.json", "model_repo"}
+
+
+def test_a_machine_that_contradicts_the_plan_is_refused_before_any_work(
+    machine: GpuMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.add_gpus(("NVIDIA A100", "8.0", 81920, 80000))
+    machine.add_tool()
+    assert build(tmp_path / "bundle") == 1
+    assert "NVIDIA A100 is SM 80 (ampere); expected SM 90" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
