@@ -17,7 +17,7 @@ from minitron_build.checkpoint import TrtllmCheckpoint
 from minitron_build.convert import Progress, convert_checkpoint, plan_conversion
 from minitron_build.engine import build_engine, remaining_work
 from minitron_build.errors import CheckpointError, MachineError, PlanError
-from minitron_build.hf_checkpoint import HfCheckpoint
+from minitron_build.hf_checkpoint import HfCheckpoint, check_folder
 from minitron_build.hub import Source, resolve_checkpoint, resolve_config
 from minitron_build.manifest import MANIFEST_NAME, digest_file
 from minitron_build.model_config import ModelConfig
@@ -38,7 +38,12 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Flags of `minitron build`; names are fixed."""
     add_plan_flags(parser, auto_arch="the GPU here, else cpu")
     add = parser.add_argument
-    add("--output-dir", type=Path, required=True, help="the bundle")
+    add(
+        "--output-dir",
+        type=_folder_name,
+        required=True,
+        help="the bundle; ROOT/NAME for one of several under a root that minitron serve chooses from",
+    )
     add("--stop-after", choices=STAGES, default="bundle", help="last stage to run")
     add("--container", action="store_true", help="build the engine in NVIDIA's container, with Docker")
     add("--keep-checkpoint", action="store_true", help="leave the checkpoint in a GPU bundle")
@@ -59,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_build(source, request)
     print("\n".join(plan.lines()), file=sys.stderr)
     missing = check_build(plan, args.output_dir, args.stop_after, container=args.container, force=args.force)
+    if args.stop_after == "bundle":  # told now, not after hours
+        _ = HfCheckpoint.open(source.hf_dir).tokenizer_files
     if args.stop_after == "checkpoint":
         checkpoint = build_checkpoint(plan, source, args.output_dir, force=args.force)
         print(json.dumps({"checkpoint": str(checkpoint.path), "files": sorted(checkpoint.files)}))
@@ -87,12 +94,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _folder_name(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a folder's name is needed")
+    return Path(text)
+
+
 def plan_build(source: Source, request: PlanRequest, output_dir: Path | None = None) -> BuildPlan:
     """The plan of a build on this machine; see `make_plan` for what it raises.
 
     Args:
         output_dir: for a plan that is printed; one that is kept names no folder of this machine.
     """
+    check_folder(source.hf_dir)
     config = ModelConfig.read(source.hf_dir)
     gpus = () if request.arch == "cpu" else find_gpus()
     available_bytes = available_memory_bytes()

@@ -90,16 +90,38 @@ class Bundle:
         )
 
 
+def bundle_names(root: Path) -> tuple[str, ...]:
+    """Names of the folders in a shared root that are bundles, finished or not."""
+    return tuple(
+        sorted(
+            path.name
+            for path in root.glob("*")
+            if path.is_dir() and any((path / name).exists() for name in OWN_NAMES)
+        )
+    )
+
+
 def check_output_dir(output_dir: Path) -> None:
-    """Refuse to build into a folder that holds somebody else's things.
+    """Refuse to build into a folder that holds somebody else's things, other bundles among them.
+
+    A root that several bundles share is a folder of bundles: each is built into a folder of its own in it.
 
     Raises:
-        CheckpointError: a file, or a folder with names that no build makes.
+        CheckpointError: a file, a folder with names that no build makes, or one inside a bundle.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError("a file", expected="a folder for the bundle", where=str(output_dir))
+    _check_not_in_bundle(output_dir)
     names = {path.name.removesuffix(".partial").removesuffix(".old") for path in output_dir.glob("*")}
     foreign = sorted(names - OWN_NAMES)
+    bundles = [name for name in bundle_names(output_dir) if name in foreign]
+    if bundles:
+        raise CheckpointError(
+            f"a folder of bundles ({', '.join(bundles)})",
+            expected="a folder for one bundle",
+            where=str(output_dir),
+            todo=f"name it inside: --output-dir {output_dir}/NAME",
+        )
     if foreign:
         raise CheckpointError(
             f"holds {foreign[0]}, which no build makes",
@@ -107,6 +129,18 @@ def check_output_dir(output_dir: Path) -> None:
             where=str(output_dir),
             todo="give another --output-dir",
         )
+
+
+def _check_not_in_bundle(output_dir: Path) -> None:
+    """A bundle's manifest lists every file below it: nothing may be built there."""
+    for parent in output_dir.absolute().parents:
+        if (parent / MANIFEST_NAME).is_file() and (parent / MODEL_REPO_DIR).is_dir():
+            raise CheckpointError(
+                f"inside the bundle {parent}",
+                expected="a folder of its own",
+                where=str(output_dir),
+                todo=f"give another --output-dir, such as {parent.parent / output_dir.name}",
+            )
 
 
 def write_bundle(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from minitron_build import __version__
 
+PURPOSE = "Build, package, serve and call Llama-3.1-Minitron with TensorRT-LLM on Triton."
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -52,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
     except SystemExit as stop:  # argparse has already printed
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    except KeyboardInterrupt:
+        return _interrupted()
     return _run_verb(args)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="minitron", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = argparse.ArgumentParser(prog="minitron", description=PURPOSE)
     parser.add_argument("--version", action="version", version=f"minitron-trtllm {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     asked = next((word for word in argv if not word.startswith("-")), None)
@@ -76,8 +77,7 @@ def _run_verb(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        print("minitron: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_REFUSED
@@ -86,6 +86,11 @@ def _run_verb(args: argparse.Namespace) -> int:
             raise
         print(f"minitron: {_one_line(error)}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def _interrupted() -> int:
+    print("minitron: interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _one_line(error: Exception) -> str:
@@ -98,8 +103,9 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = _extra_of(error.name or "")
         return f"package {error.name} is not installed; install it: pip install 'minitron-trtllm[{extra}]'"
-    if isinstance(error, OSError):
-        return text
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror}; check the path, its permissions and the space behind it"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
 
 

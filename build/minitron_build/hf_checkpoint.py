@@ -54,7 +54,7 @@ class HfCheckpoint:
         Raises:
             CheckpointError: in one line, what is missing, extra, truncated or not implemented.
         """
-        _check_folder(hf_dir)
+        check_folder(hf_dir)
         config = ModelConfig.read(hf_dir)
         shards = tuple(read_header(hf_dir / name) for name in _shard_names(hf_dir))
         tensors = _collect(shards)
@@ -78,7 +78,12 @@ class HfCheckpoint:
         return tuple(self.path / name for name in TOKENIZER_NAMES if (self.path / name).is_file())
 
 
-def _check_folder(hf_dir: Path) -> None:
+def check_folder(hf_dir: Path) -> None:
+    """Refuse what is no checkpoint folder at all, naming what it is.
+
+    Raises:
+        CheckpointError: a file, a folder of another format, or nothing.
+    """
     if hf_dir.is_file():
         kinds = [what for pattern, what in FOREIGN_WEIGHTS.items() if hf_dir.match(pattern)]
         found = kinds[0] if kinds else "a file"

@@ -51,10 +51,12 @@ def resolve_checkpoint(checkpoint: str, revision: str | None = None) -> Source:
         CheckpointError: neither a folder nor a hub id, or the hub has no such repository or revision.
         MachineError: the hub cannot be reached and the cache does not hold it.
     """
+    if revision and checkpoint == DEMO:
+        raise CheckpointError(f"--revision {revision} for the demo model", todo="leave it out")
     if checkpoint == DEMO:
         return Source(DEMO, Path(__file__).parent / "demo_checkpoint")
     path = Path(checkpoint).expanduser()
-    if path.exists():
+    if checkpoint.strip() and path.exists():
         if revision:
             raise CheckpointError(
                 f"--revision {revision} for a folder", where=checkpoint, todo="leave it out"
@@ -63,7 +65,7 @@ def resolve_checkpoint(checkpoint: str, revision: str | None = None) -> Source:
     if not HUB_ID.fullmatch(checkpoint) or checkpoint.startswith((".", "/", "~")):
         raise CheckpointError(
             "no such folder",
-            where=checkpoint,
+            where=f"--checkpoint {checkpoint}",
             expected="a folder, OWNER/NAME on the Hugging Face hub, or demo",
         )
     return _download(checkpoint, revision)
@@ -100,6 +102,7 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...] = PATTE
         RevisionNotFoundError,
     )
 
+    unreachable: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, *_transport_errors())
     try:
         commit = _commit_of(repo, revision)
         folder = snapshot_download(repo, revision=commit, allow_patterns=list(patterns))
@@ -116,8 +119,17 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...] = PATTE
             where=f"{repo} on the hub",
             todo="check the name, or set HF_TOKEN",
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except unreachable as error:
         return _from_cache(repo, revision, error, patterns)
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Errors of the library below huggingface_hub that it lets through: since 1.0 that is httpx."""
+    try:
+        from httpx import HTTPError
+    except ImportError:
+        return ()
+    return (HTTPError,)
 
 
 def _commit_of(repo: str, revision: str | None) -> str:
@@ -135,14 +147,15 @@ def _from_cache(repo: str, revision: str | None, error: Exception, patterns: tup
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    not_cached: tuple[type[Exception], ...] = (LocalEntryNotFoundError, OSError, *_transport_errors())
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     try:
         folder = Path(
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=True)
         )
-    except (LocalEntryNotFoundError, OSError):
+    except not_cached:
         raise MachineError(
-            f"the Hugging Face hub cannot be reached ({reason}) and the cache does not hold it",
+            f"no such folder, the Hugging Face hub cannot be reached ({reason}), and its cache lacks it",
             where=repo,
             todo="run again when online (a download resumes), or give a folder: --checkpoint DIR; "
             "--checkpoint demo needs no network",

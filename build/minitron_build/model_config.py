@@ -270,13 +270,25 @@ def _read_dtype(raw: Mapping[str, Any]) -> str:
 
 def _read_eos_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
     """End ids; `generation_config.json` wins, as it does in transformers' generate()."""
+    for source in (raw, generation):  # also the one that does not win: another tool would believe it
+        _check_eos_ids(_listed(source.get("eos_token_id")), raw.get("vocab_size"))
     value = generation.get("eos_token_id")
     if value is None:
         value = raw.get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    ids = _listed(value)
     if not ids or any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
         raise CheckpointError(f"eos_token_id is {value!r}", expected="an id or a list of ids")
     return tuple(dict.fromkeys(ids))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _check_eos_ids(ids: list[Any], vocab_size: object) -> None:
+    for token in ids:
+        if isinstance(token, int) and isinstance(vocab_size, int) and token >= vocab_size:
+            raise CheckpointError(f"eos_token_id {token} is outside the vocabulary of {vocab_size}")
 
 
 def _family_warnings(scaling: Mapping[str, Any] | None, max_positions: int) -> tuple[str, ...]:

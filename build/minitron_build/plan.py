@@ -407,10 +407,17 @@ def _cpu_plan(
 
 def _cpu_memory_warnings(memory: Memory) -> tuple[str, ...]:
     """A bundle may be built on a small machine; serving it there is another matter."""
-    if memory.weights_bytes < memory.host_available_bytes:
-        return ()
-    need, have = memory.weights_bytes / 1e9, memory.host_available_bytes / 1e9
-    return (f"the weights take {need:.1f} GB when served, and {have:.1f} GB are available on this machine",)
+    weights, cache, have = (
+        number / 1e9 for number in (memory.weights_bytes, memory.kv_cache_bytes, memory.host_available_bytes)
+    )
+    if weights >= have:
+        return (f"the weights take {weights:.1f} GB when served, and {have:.1f} GB are available here",)
+    if weights + cache > have:
+        return (
+            f"so many full-length requests would take {cache:.1f} GB of KV cache, "
+            f"and {have - weights:.1f} GB are left beside the weights here: the others wait",
+        )
+    return ()
 
 
 def _check_cpu_request(request: PlanRequest) -> None:

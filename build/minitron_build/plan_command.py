@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minitron_build.errors import PlanError
+from minitron_build.hf_checkpoint import check_folder
 from minitron_build.host_memory import available_memory_bytes
 from minitron_build.hub import resolve_config
 from minitron_build.model_config import ModelConfig
@@ -37,6 +38,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; the last line is JSON with --json."""
     source = resolve_config(args.checkpoint, args.revision)
+    check_folder(source.hf_dir)
     config, request = ModelConfig.read(source.hf_dir), plan_request(args)
     if request.arch == "cpu":
         return _run_cpu(

@@ -1,7 +1,8 @@
 """`minitron serve`: a bundle behind Triton until a signal, with one line for whatever goes wrong.
 
 It knows the order of checks, what "ready" means to a caller (one token came back) and what each signal
-does. The process itself is triton_server.py's, what is in a bundle bundle.py's.
+does. The process itself is triton_server.py's; whether a bundle fits this machine is bundle_binding.py's, and
+which of several does bundle_choice.py's.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron_build.errors import MachineError, StageError
+from minitron_build.errors import StageError
 from minitron_build.triton_log import exit_words
-from minitron_build.triton_preflight import TritonInstall, find_tritonserver
+from minitron_build.triton_preflight import find_tritonserver
 from minitron_build.triton_server import ServerOptions, TritonServer, check_before_start
+
+if TYPE_CHECKING:
+    from minitron_build.bundle import Bundle
+    from minitron_build.bundle_binding import ServingMachine
+    from minitron_build.bundle_choice import Candidate
 
 EXIT_DRAINED, EXIT_INTERRUPTED = 0, 130
 WATCH_INTERVAL_S = 0.2
 PROBE_PROMPT = "def add(a, b):"
 MIN_PROBE_TIMEOUT_S = 10.0
-
-# Backend that a bundle's engine needs, by what is rare about it: only the cpu's runs on any tritonserver.
-ENGINE_BACKEND = {"cpu": "python"}
-GPU_ENGINE_BACKEND = "tensorrtllm"
 
 Probe = Callable[[TritonServer], None]
 
@@ -37,7 +39,12 @@ Probe = Callable[[TritonServer], None]
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `minitron serve`."""
     defaults = ServerOptions(Path())
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder made by minitron build")
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="folder made by minitron build, or one that holds several: the one for the GPU here is served",
+    )
     parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     for name, default in (
         ("grpc-port", defaults.grpc_port),
@@ -48,9 +55,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-timeout-s",
         type=float,
-        default=defaults.start_timeout_s,
         metavar="S",
-        help="seconds the models may take to load (default: %(default)s)",
+        help=f"seconds the models may take to load (default: {defaults.start_timeout_s:g}, and what reading "
+        "the engine takes)",
     )
     parser.add_argument(
         "--drain-timeout-s",
@@ -66,47 +73,57 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, start, prove with one token, serve; the cheap checks come before gigabytes are hashed."""
-    from minitron_build.bundle import Bundle
+    from minitron_build.bundle_binding import check_fit, read_serving_machine
+    from minitron_build.bundle_choice import find_bundles
 
-    bundle = Bundle.load(args.bundle)
-    options = _options(args, bundle.model_repo)
+    found = find_bundles(args.bundle)
     install = find_tritonserver()
-    check_backend(bundle.manifest.arch, install)
+    machine = read_serving_machine(install)
+    bundle = _choose(args.bundle, found, machine) if isinstance(found, tuple) else found
+    engine = check_fit(bundle, machine)
+    options = _options(args, bundle.model_repo, engine.config.world_size if engine else 1, _start_s(bundle))
     check_before_start(options, install)
     if not args.skip_hashes:
-        _say(f"checking the files of {args.bundle}")
+        _say(f"checking the files of {bundle.path}")
         bundle.check_files()
     return serve(options, probe_completion)
 
 
-def _options(args: argparse.Namespace, model_repo: Path) -> ServerOptions:
+def _choose(root: Path, candidates: tuple[Candidate, ...], machine: ServingMachine) -> Bundle:
+    from minitron_build.bundle_choice import choose_bundle
+
+    choice = choose_bundle(root, candidates, machine)
+    for line in choice.lines():
+        _say(line)
+    return choice.bundle
+
+
+def _start_s(bundle: Bundle) -> float:
+    """Seconds that a start may take when nobody says."""
+    from minitron_build.bundle_binding import CPU_ARCH
+    from minitron_build.deployment import Deployment
+
+    default_s = ServerOptions(Path()).start_timeout_s
+    return default_s if bundle.manifest.arch == CPU_ARCH else float(Deployment.of(bundle).start_s)
+
+
+def _options(
+    args: argparse.Namespace, model_repo: Path, world_size: int = 1, start_s: float | None = None
+) -> ServerOptions:
+    defaults = ServerOptions(model_repo)
+    asked_s = args.start_timeout_s if args.start_timeout_s is not None else start_s
     return ServerOptions(
         model_repo,
         host=args.host,
         grpc_port=args.grpc_port,
         http_port=args.http_port,
         metrics_port=args.metrics_port,
-        start_timeout_s=args.start_timeout_s,
+        start_timeout_s=defaults.start_timeout_s if asked_s is None else asked_s,
         drain_timeout_s=args.drain_timeout_s,
         verbose=args.verbose,
         log_path=args.log_path,
+        world_size=world_size,
     )
-
-
-def check_backend(arch: str, install: TritonInstall) -> None:
-    """Refuse a bundle whose engine this tritonserver has no backend for.
-
-    Raises:
-        MachineError: the backend is missing.
-    """
-    backend = ENGINE_BACKEND.get(arch, GPU_ENGINE_BACKEND)
-    if not install.has_backend(backend):
-        raise MachineError(
-            f"no {backend} backend, and the bundle's engine is for {arch}",
-            expected=f"a tritonserver with the {backend} backend",
-            where=str(install.binary),
-            todo="run minitron serve inside NVIDIA's Triton container for TensorRT-LLM",
-        )
 
 
 def probe_completion(server: TritonServer) -> None:

@@ -44,6 +44,7 @@ _REASONS = (
     re.compile(r'^\S+ E \d+ \S+\] "?(?P<cause>.+?)"?$'),
     re.compile(r"^\s*what\(\):\s+(?P<cause>.+)"),
     re.compile(r"^(?P<cause>terminate called .+)"),
+    re.compile(r"^(?P<cause>(?:mpirun|orterun|prterun) (?:noticed|detected) that .+)"),
     re.compile(r"^error: (?P<cause>.+)"),
     re.compile(r"tritonserver: (?P<cause>unrecognized option.+)"),
     re.compile(r"(?P<cause>(?:error while loading shared libraries|failed to start|Failed to start).+)"),

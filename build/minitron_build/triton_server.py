@@ -1,4 +1,4 @@
-"""One tritonserver process: start it, know that it is ready, notice that it is not, stop it, leave nothing.
+"""One tritonserver, in one rank or several: start it, know whether it is ready, stop it, leave nothing.
 
 It knows Triton's command line, health endpoints, log lines and habits at start and exit. What must be right
 before the start is in triton_preflight.py; what the models are and who calls them, this module does not know.
@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,9 +30,21 @@ from types import TracebackType
 from typing import IO, BinaryIO, cast
 
 from minitron_build import triton_preflight as preflight
-from minitron_build.errors import PlanError, StageError
+from minitron_build.errors import MachineError, PlanError, StageError
 from minitron_build.triton_log import LogFilter, exit_words, failure_reason
-from minitron_build.triton_stubs import describe_death, live_group, live_servers, live_stubs
+from minitron_build.triton_ranks import (
+    TEMPORARY_FOLDER_VARIABLES,
+    find_launcher,
+    ranks_command,
+    read_leader,
+)
+from minitron_build.triton_stubs import (
+    describe_death,
+    has_dead_children,
+    live_servers,
+    live_session,
+    live_stubs,
+)
 
 LogCallback = Callable[[str], None]
 
@@ -66,6 +79,7 @@ class ServerOptions:
         drain_timeout_s: how long requests in flight may take after `stop`.
         verbose: hand every log line on, not only warnings and errors.
         log_path: file that every log line is appended to.
+        world_size: ranks of the engine, one tritonserver and one GPU each; mpirun starts more than one.
     """
 
     model_repo: Path
@@ -77,6 +91,7 @@ class ServerOptions:
     drain_timeout_s: float = 30.0
     verbose: bool = False
     log_path: Path | None = None
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -87,6 +102,8 @@ class ServerOptions:
             raise PlanError(f"--start-timeout-s {self.start_timeout_s:g}", expected="seconds above 0")
         if self.drain_timeout_s < 0:
             raise PlanError(f"--drain-timeout-s {self.drain_timeout_s:g}", expected="seconds, 0 or more")
+        if self.world_size < 1:
+            raise PlanError(f"an engine of {self.world_size} ranks", expected="1 or more")
 
     @property
     def ports(self) -> dict[str, int]:
@@ -170,7 +187,7 @@ class TritonServer:
 
     @property
     def pid(self) -> int:
-        """Process id of tritonserver."""
+        """Process id of tritonserver; of mpirun when there are several ranks."""
         return self._process.pid
 
     @property
@@ -192,7 +209,8 @@ class TritonServer:
     def failure_reason(self) -> str:
         """Triton's own reason for a failure, or its last words, in one line."""
         log = self.recent_log
-        last_words = next((line.strip() for line in reversed(log) if line.strip()), "(nothing)")
+        said = (line.strip() for line in reversed(log) if any(map(str.isalnum, line)))
+        last_words = next(said, "(nothing)")
         return failure_reason(log) or f"its log names no reason and ends with: {last_words}"
 
     def wait_until_ready(self) -> float:
@@ -211,15 +229,15 @@ class TritonServer:
                 self._fail(f"Triton ended with {exit_words(self.exit_code)} before it was ready")
             if waited_s > self.options.start_timeout_s:
                 self._fail(f"Triton was not ready after {self.options.start_timeout_s:g} s and was killed")
-            self._stubs.update(live_stubs(self.pid))
-            dead = describe_death(self._stubs)
+            self._note_stubs()
+            dead = describe_death(self._stubs) or self._all_stubs_died()
             if dead and stub_lost_s is None:
                 stub_lost_s = waited_s
             if stub_lost_s is not None and waited_s > stub_lost_s + STUB_LOSS_GRACE_S:
                 self._fail(f"{dead} while loading; Triton hung and was killed")
             time.sleep(POLL_INTERVAL_S)
         ready_s = time.monotonic() - self.started_s
-        self._stubs.update(live_stubs(self.pid))
+        self._note_stubs()
         self._log.release()
         threading.Thread(target=self._watch_stubs, name="triton-stubs", daemon=True).start()
         return ready_s
@@ -251,10 +269,10 @@ class TritonServer:
         return self._process.returncode
 
     def kill(self) -> None:
-        """SIGKILL server and stubs at once; `stop` still has to clean up. Safe in a signal handler."""
+        """SIGKILL servers and stubs at once; `stop` still has to clean up. Safe in a signal handler."""
         self._is_stopping = True
         if not self._is_stopped:
-            _kill_group(self.pid)
+            _kill_session(self.pid)
 
     def __enter__(self) -> TritonServer:
         return self
@@ -265,37 +283,77 @@ class TritonServer:
         self.stop()
 
     def _drain(self, drain_s: float) -> None:
-        if self.is_running and drain_s > 0:
-            self._process.terminate()
+        leader = self._leader_pid
+        if self.is_running and drain_s > 0 and leader is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(leader, signal.SIGTERM)
             self.wait(drain_s + EXIT_GRACE_S)
 
     def _remove_all(self) -> None:
-        _kill_group(self.pid)  # also the stubs of a server that has ended
+        _kill_session(self.pid)  # also the stubs of a server that has ended
         self._process.wait()
         deadline_s = time.monotonic() + EXIT_GRACE_S
-        while any(live_group(self.pid)) and time.monotonic() < deadline_s:
+        while any(live_session(self.pid)) and time.monotonic() < deadline_s:
+            _kill_session(self.pid)  # a rank that was being started
             time.sleep(0.01)
         self._log.join()
         self._residue.remove()
-        if self._process.returncode < 0:  # otherwise Triton has removed it
+        if self._process.returncode != 0:  # otherwise Triton has removed it
             remove_backend_folders()
         self._is_stopped = True
 
+    @property
+    def _leader_pid(self) -> int | None:
+        """The tritonserver that answers; of several ranks, None before it has begun."""
+        if self.options.world_size == 1:
+            return self.pid
+        return read_leader(self._residue.leader_file, self.pid)
+
+    def _all_stubs_died(self) -> str | None:
+        """Stubs that died before they were ever seen alive leave only zombies behind."""
+        leader = self._leader_pid
+        if leader is None or self._stubs or not has_dead_children(leader):
+            return None
+        return "every Python process died"
+
+    def _note_stubs(self) -> None:
+        leader = self._leader_pid
+        if leader is not None:
+            self._stubs.update(live_stubs(leader))
+
     def _spawn(self, install: preflight.TritonInstall) -> None:
         env = preflight.server_environment(install)
-        flags = _server_flags(self.options, self._residue.prefix)
+        # PCI order is nvidia-smi's, which checks go by; CUDA's own is fastest first.
+        env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **env}
+        extra: list[str] = []
         if install.is_wheel:
             backends_dir = preflight.write_layout(install, self._residue.layout_dir)
             preflight.check_stub_loads(backends_dir / "python" / preflight.STUB_NAME, env)
-            flags += [f"--backend-directory={backends_dir}", f"--cache-directory={install.root / 'caches'}"]
+            extra = [f"--backend-directory={backends_dir}", f"--cache-directory={install.root / 'caches'}"]
         bootstrap = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(os.getpid())]
+        command = self._command(install, extra)
+        if self.options.world_size > 1:
+            env |= dict.fromkeys(TEMPORARY_FOLDER_VARIABLES, str(self._residue.layout_dir))
         self.started_s = time.monotonic()
         self._process = self._log.spawn(
-            [*bootstrap, str(install.binary), *flags],
+            [*bootstrap, *command],
             env,
             # TensorRT-LLM's backend takes an engine path from here: a bundle's is relative to the bundle.
             self.options.model_repo.resolve().parent,
         )
+
+    def _command(self, install: preflight.TritonInstall, extra: list[str]) -> list[str]:
+        """The command line of tritonserver; that of mpirun when there are several ranks."""
+        world_size, prefix = self.options.world_size, self._residue.prefix
+        model_repo = self._residue.link_to(self.options.model_repo)
+        if world_size == 1:
+            return [str(install.binary), *_server_flags(self.options, model_repo, prefix), *extra]
+        flags = [
+            [*_server_flags(self.options, model_repo, f"{prefix}{rank}_"), *extra]
+            for rank in range(world_size)
+        ]
+        launcher = find_launcher(world_size)
+        return ranks_command(launcher, install.binary, flags, self._residue.leader_file)
 
     def _is_ready(self) -> bool:
         paths = ["/v2/health/ready", *(f"/v2/models/{name}/ready" for name in self.models)]
@@ -323,14 +381,27 @@ def check_before_start(options: ServerOptions, install: preflight.TritonInstall)
         The names of the models.
 
     Raises:
-        MachineError: the model repository, the machine, NumPy or a port is not fit.
+        MachineError: the model repository, the machine, NumPy or a port is not fit, or mpirun is missing.
     """
+    if options.world_size > 1:
+        find_launcher(options.world_size)
     models = preflight.check_model_repo(options.model_repo)
     if install.is_wheel and preflight.has_python_model(options.model_repo):
         preflight.check_numpy(preflight.installed_numpy())
     preflight.check_machine()
     preflight.check_ports(options.address, options.ports)
+    if options.log_path:
+        _check_log_path(options.log_path)
     return models
+
+
+def _check_log_path(log_path: Path) -> None:
+    try:
+        log_path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise MachineError(
+            f"--log-path {log_path}: {error.strerror}", todo="give a file in a folder that exists"
+        ) from None
 
 
 def free_ports(count: int = 3) -> tuple[int, ...]:
@@ -340,9 +411,19 @@ def free_ports(count: int = 3) -> tuple[int, ...]:
         return tuple(probe.getsockname()[1] for probe in probes)
 
 
-def _server_flags(options: ServerOptions, shm_prefix: str) -> list[str]:
+def _is_plain(path: str) -> bool:
+    return re.fullmatch(r"[\w./+-]+", path, re.ASCII) is not None
+
+
+def _plain_folder() -> str:
+    """Where temporary folders go; /tmp when the user's own has letters that a shell would take apart."""
+    folder = tempfile.gettempdir()
+    return folder if _is_plain(folder) else "/tmp"
+
+
+def _server_flags(options: ServerOptions, model_repo: Path, shm_prefix: str) -> list[str]:
     flags: dict[str, object] = {
-        "model-repository": options.model_repo.resolve(),
+        "model-repository": model_repo,
         "grpc-address": options.address,
         "http-address": options.address,
         "metrics-address": options.address,
@@ -413,7 +494,7 @@ class _LogRelay:
     def kill(self) -> None:
         """End a process whose start was interrupted before anyone knew it."""
         if self._process:
-            _kill_group(self._process.pid)
+            _kill_session(self._process.pid)
             self._process.wait()
 
     def _read(self, process: subprocess.Popen[str]) -> None:
@@ -484,13 +565,17 @@ def _popen(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.Pop
         text=True,
         encoding="utf-8",
         errors="replace",
-        start_new_session=True,  # its own group: Ctrl-C reaches us alone, and the group can be killed
+        start_new_session=True,  # Ctrl-C reaches us alone, and all of the session can be killed
     )
 
 
-def _kill_group(leader_pid: int) -> None:
+def _kill_session(leader_pid: int) -> None:
+    """The group at once, then what left it: mpirun's ranks have groups of their own."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # the whole group has gone
         os.killpg(leader_pid, signal.SIGKILL)
+    for pid in live_session(leader_pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,10 +590,30 @@ class _Residue:
     layout_dir: Path
     lock: BinaryIO
 
+    @property
+    def leader_file(self) -> Path:
+        """Where the first of several ranks writes its process id."""
+        return self.layout_dir / "leader"
+
+    def link_to(self, model_repo: Path) -> Path:
+        """The repository under a plain name: Triton hands its path to a shell unquoted, and to ASCII Python.
+
+        The folder around it is linked, because a bundle's models look for its checkpoint there.
+        """
+        real = model_repo.resolve()
+        link = self.layout_dir / "served"
+        link.symlink_to(real.parent, target_is_directory=True)
+        return link / real.name if _is_plain(real.name) else self._link_itself(real)
+
+    def _link_itself(self, real: Path) -> Path:
+        link = self.layout_dir / "model_repo"
+        link.symlink_to(real, target_is_directory=True)
+        return link
+
     @classmethod
     def create(cls) -> _Residue:
         cls.sweep()
-        layout_dir = Path(tempfile.mkdtemp(prefix=f"minitron-triton-{os.getpid()}-"))
+        layout_dir = Path(tempfile.mkdtemp(prefix=f"minitron-triton-{os.getpid()}-", dir=_plain_folder()))
         prefix = f"{OWN_PREFIX}{os.getpid()}_{layout_dir.name.rpartition('-')[2]}_"
         lock = cast(BinaryIO, (preflight.SHM_DIR / f"{prefix}lock").open("xb", buffering=0))
         fcntl.flock(lock, fcntl.LOCK_EX)

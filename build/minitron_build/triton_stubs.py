@@ -21,11 +21,12 @@ _INSTANCE_ARGUMENT = (
 
 
 class ProcessState(NamedTuple):
-    """One process: its state letter ("" when gone), parent, process group and wait status."""
+    """One process: its state letter ("" when gone), parent, process group, session and wait status."""
 
     letter: str
     parent_pid: int
     group: int
+    session: int
     wait_status: int
 
     @property
@@ -39,8 +40,8 @@ def read_state(pid: int) -> ProcessState:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ProcessState("", 0, 0, 0)
-    return ProcessState(fields[0], int(fields[1]), int(fields[2]), int(fields[-1]))
+        return ProcessState("", 0, 0, 0, 0)
+    return ProcessState(fields[0], int(fields[1]), int(fields[2]), int(fields[3]), int(fields[-1]))
 
 
 def live_group(group: int) -> Iterator[int]:
@@ -48,6 +49,14 @@ def live_group(group: int) -> Iterator[int]:
     for pid in _pids():
         state = read_state(pid)
         if state.group == group and not state.is_dead:
+            yield pid
+
+
+def live_session(session: int) -> Iterator[int]:
+    """Pids of the processes of a session that live; mpirun gives each rank a group of its own in it."""
+    for pid in _pids():
+        state = read_state(pid)
+        if state.session == session and not state.is_dead:
             yield pid
 
 
@@ -59,18 +68,25 @@ def live_servers() -> Iterator[int]:
 
 
 def live_stubs(server_pid: int) -> dict[int, str]:
-    """The live stubs of the server that leads the group: pid -> name of the model instance.
+    """The live stubs of a server: pid -> name of the model instance.
 
     A child that a model forks looks like a stub until it becomes something else: only the server's own
     children count.
     """
     stubs: dict[int, str] = {}
-    for pid in live_group(server_pid):
-        if read_state(pid).parent_pid == server_pid:
+    for pid in _pids():
+        state = read_state(pid)
+        if state.parent_pid == server_pid and not state.is_dead:
             command = _command(pid)
             if command[0].endswith(STUB_NAME) and len(command) > _INSTANCE_ARGUMENT:
                 stubs[pid] = command[_INSTANCE_ARGUMENT]
     return stubs
+
+
+def has_dead_children(server_pid: int) -> bool:
+    """Whether children of a server have ended and were not reaped; Triton reaps none of its stubs."""
+    states = (read_state(pid) for pid in _pids())
+    return any(state.parent_pid == server_pid and state.letter == "Z" for state in states)
 
 
 def describe_death(stubs: Mapping[int, str]) -> str | None:

@@ -1,10 +1,10 @@
 """Conversion against `cp`: the same bytes, the same disk, taken in turn.
 
-    python tests/bench/bench_convert.py --work-dir /tmp/bench                 # real shape, 9.03 GB; needs 30 GB
+    python tests/bench/bench_convert.py --work-dir /tmp/bench            # real shape, 9.03 GB; needs 30 GB
     python tests/bench/bench_convert.py --work-dir /tmp/bench --layers 2
 
-`cp` only copies; conversion also checks, hashes what it reads and what it writes, and waits until all of it is
-on the disk. Caches are dropped before each run where the system allows it. The last line is JSON.
+`cp` only copies; conversion also checks, hashes what it reads and what it writes, and waits until all of it
+is on the disk. Caches are dropped before each run where the system allows it. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from triton_repos import serving
 
 from minitron_build.build import build_bundle, plan_build
 from minitron_build.bundle import Bundle
 from minitron_build.hub import resolve_checkpoint
 from minitron_build.plan import PlanRequest
-from minitron_build.triton_server import ServerOptions, TritonServer, free_ports
+from minitron_build.triton_server import TritonServer
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +26,5 @@ def tiny_bundle(tiny_minitron: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def running_server(tiny_bundle: Bundle) -> Iterator[TritonServer]:
-    grpc_port, http_port, metrics_port = free_ports(3)
-    options = ServerOptions(
-        model_repo=tiny_bundle.model_repo, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
-    )
-    with TritonServer.start(options) as server:
-        server.wait_until_ready()
+    with serving(tiny_bundle.model_repo) as server:
         yield server

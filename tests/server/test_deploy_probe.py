@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from triton_repos import serving
 
 from minitron_build.bundle import Bundle
 from minitron_build.deploy_compose import PROBE_FILE
-from minitron_build.triton_server import ServerOptions, TritonServer, free_ports
+from minitron_build.triton_server import TritonServer
 
 
 def run_probe(server: TritonServer, *words: str) -> subprocess.CompletedProcess[str]:
@@ -41,12 +42,8 @@ def test_probe_gets_a_token(running_server: TritonServer) -> None:
 @pytest.fixture
 def own_server(tiny_bundle: Bundle) -> Iterator[TritonServer]:
     """One that a test may break."""
-    grpc_port, http_port, metrics_port = free_ports(3)
-    options = ServerOptions(
-        model_repo=tiny_bundle.model_repo, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port
-    )
-    with TritonServer.start(options) as server:
-        server.wait_until_ready()
+    # The requests of a process that was killed never end: there is nothing to drain.
+    with serving(tiny_bundle.model_repo, drain_timeout_s=0) as server:
         yield server
 
 

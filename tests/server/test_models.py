@@ -14,11 +14,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
-import numpy as np
 import pytest
-import tritonclient.grpc as grpcclient
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from triton_calls import PROMPT, Channel, arrays, http_chunks, joined, message, post, sync_answers
 
 from minitron_build.bundle import Bundle
 from minitron_build.runtime.reference_engine import (
@@ -32,85 +29,8 @@ from minitron_build.runtime.tokenizer import TextTokenizer
 from minitron_build.triton_server import TritonServer
 
 TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
-PROMPT = "Schöne Grüße 👩‍👩‍👧‍👦 an alle"
 BOS_ID, EOS_ID = 508, 509
 LIVELY = {"temperature": 1.0, "top_k": 200}  # a random model that samples freely makes the nastiest bytes
-DTYPES = {bool: "BOOL", int: "INT32", float: "FP32", str: "BYTES", bytes: "BYTES"}
-
-
-def tensor(name: str, value: Any, dtype: str) -> grpcclient.InferInput:
-    if dtype == "BYTES":
-        value = np.array(value, dtype=np.object_)
-    array = np.array(value, dtype={"BYTES": np.object_}.get(dtype) or grpcclient_dtype(dtype))
-    array = array.reshape(1, -1) if array.ndim < 2 else array
-    made = grpcclient.InferInput(name, list(array.shape), dtype)
-    made.set_data_from_numpy(array)
-    return made
-
-
-def grpcclient_dtype(dtype: str) -> Any:
-    from tritonclient.utils import triton_to_np_dtype
-
-    return triton_to_np_dtype(dtype)
-
-
-def message(
-    model: str, inputs: dict[str, Any], *, request_id: str = "", timeout_us: int = 0
-) -> service_pb2.ModelInferRequest:
-    """A request from plain values; `seed` is the one unsigned 64-bit tensor there is."""
-    made = service_pb2.ModelInferRequest(model_name=model, id=request_id)
-    for name, value in inputs.items():
-        first = np.array(value, dtype=np.object_).reshape(-1)[0]
-        item = tensor(name, value, "UINT64" if name == "seed" else DTYPES[type(first)])
-        made.inputs.append(item._get_tensor())
-        made.raw_input_contents.append(item._get_content())
-    if timeout_us:
-        made.parameters["timeout"].int64_param = timeout_us
-    return made
-
-
-def arrays(answer: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
-    result = grpcclient.InferResult(answer)
-    return {output.name: result.as_numpy(output.name) for output in answer.outputs}
-
-
-class Channel:
-    """Asks over gRPC as any client would: one request per stream, read to the end of the call."""
-
-    def __init__(self, url: str) -> None:
-        options = [("grpc.max_receive_message_length", -1)]
-        self._channel = grpc.aio.insecure_channel(url, options=options)
-        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-
-    async def close(self) -> None:
-        await self._channel.close()
-
-    def open(self, request: service_pb2.ModelInferRequest) -> Any:
-        async def one() -> AsyncIterator[service_pb2.ModelInferRequest]:
-            yield request
-
-        return self.stub.ModelStreamInfer(one(), timeout=60)
-
-    async def ask(
-        self, model: str, *, request_id: str = "", timeout_us: int = 0, **inputs: Any
-    ) -> list[dict[str, Any]]:
-        """All responses of one request; exactly one of them is final, and it is the last."""
-        answers = []
-        async for answer in self.open(message(model, inputs, request_id=request_id, timeout_us=timeout_us)):
-            if answer.error_message:
-                raise RuntimeError(answer.error_message)
-            answers.append(answer.infer_response)
-        finals = [answer.parameters["triton_final_response"].bool_param for answer in answers]
-        assert finals == [False] * (len(answers) - 1) + [True]
-        return [arrays(answer) for answer in answers]
-
-    async def text(self, model: str, *, stream: bool, request_id: str = "", **inputs: Any) -> str:
-        given = {"text_input": PROMPT, "max_tokens": 40, "exclude_input_in_output": True, "stream": stream}
-        return joined(await self.ask(model, request_id=request_id, **(given | inputs)))
-
-
-def joined(answers: list[dict[str, Any]]) -> str:
-    return "".join(answer["text_output"].item().decode() for answer in answers if "text_output" in answer)
 
 
 @pytest.fixture
@@ -157,13 +77,6 @@ def expected(tokenizer: TextTokenizer, truth: Callable[..., tuple[int, ...]]) ->
     return text
 
 
-def post(server: TritonServer, model: str, verb: str, body: dict[str, Any]) -> str:
-    url = f"http://{server.http_url.removeprefix('http://')}/v2/models/{model}/{verb}"
-    request = urllib.request.Request(url, json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return answer.read().decode()
-
-
 # --- text
 
 
@@ -184,31 +97,15 @@ async def test_text_is_the_same_on_every_path(
             "exclude_input_in_output": True,
         } | LIVELY
         assert json.loads(post(running_server, model, "generate", body))["text_output"] == want
-        events = post(running_server, model, "generate_stream", body | {"stream": True}).splitlines()
-        pieces = [json.loads(line.removeprefix("data: "))["text_output"] for line in events if line]
+        pieces = http_chunks(running_server, model, body | {"stream": True})
         assert "".join(pieces) == want
 
 
 def test_the_sync_client_of_tritonclient_streams(
     running_server: TritonServer, expected: Callable[..., str]
 ) -> None:
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    inputs = [
-        tensor("text_input", PROMPT, "BYTES"),
-        tensor("max_tokens", 40, "INT32"),
-        tensor("stream", True, "BOOL"),
-    ]
-    with grpcclient.InferenceServerClient(running_server.grpc_url) as client:
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer("tensorrt_llm_bls", inputs, enable_empty_final_response=True)
-        text, is_final = "", False
-        while not is_final:
-            result, error = answers.get(timeout=60)
-            assert error is None
-            text += result.as_numpy("text_output").item().decode()
-            is_final = result.get_response().parameters["triton_final_response"].bool_param
-        client.stop_stream()
-    assert text == expected()
+    inputs = {"text_input": PROMPT, "max_tokens": 40, "stream": True}
+    assert joined(sync_answers(running_server, "tensorrt_llm_bls", inputs)) == expected()
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)

@@ -105,3 +105,51 @@ def test_the_door_is_the_verb(tiny_minitron: Path, tmp_path: Path) -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout.splitlines()[-1])["arch"] == "cpu"
     assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_while_a_verb_loads_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert main(["build", "--output-dir", "x"]) == EXIT_INTERRUPTED
+
+
+def test_path_error_says_which_path(tiny_minitron: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["build", "--arch", "cpu", "--checkpoint", str(tiny_minitron), "--output-dir", "/proc/x"]
+    assert main(argv) == 1
+    assert "No such file or directory; check the path" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "what"), [("m.nemo", "a NeMo archive"), ("m.gguf", "a GGUF file")])
+def test_foreign_weights_are_named(
+    name: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    for checkpoint in (tmp_path, tmp_path / name):
+        argv = [
+            "build",
+            "--arch",
+            "cpu",
+            "--checkpoint",
+            str(checkpoint),
+            "--output-dir",
+            str(tmp_path / "b"),
+        ]
+        assert main(argv) == 1
+        assert what in capsys.readouterr().err
+
+
+def test_missing_tokenizer_is_refused_before_work(
+    tiny_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_copy / "tokenizer.json").unlink()
+    argv = ["build", "--arch", "cpu", "--checkpoint", str(tiny_copy), "--output-dir", str(tmp_path / "b")]
+    assert main(argv) == 1
+    assert "tokenizer.json is missing" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_empty_output_folder_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--output-dir", ""]) == 2
+    assert "a folder's name is needed" in capsys.readouterr().err

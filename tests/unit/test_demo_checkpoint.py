@@ -136,7 +136,7 @@ def test_training_record_belongs_to_this_file(training: dict[str, Any]) -> None:
     digest = hashlib.sha256((DEMO_DIR / "model.safetensors").read_bytes()).hexdigest()
     assert training["model_sha256"] == digest
     assert training["is_finished"] is True
-    assert training["held_out"]["perplexity"] < training["unigram_perplexity"] / 5
+    assert training["held_out"]["perplexity"] < training["unigram_perplexity"] / 15
 
 
 def test_special_tokens_fill_the_top_of_the_vocabulary(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def test_model_predicts_python_it_never_saw(
 ) -> None:
     found = train_demo.score(weights, DemoShape(), tokenizer, [SNIPPET])
     assert found.perplexity < 40, "uniform is 4096"
-    assert found.perplexity < training["unigram_perplexity"] / 10
+    assert found.perplexity < training["unigram_perplexity"] / 20
 
 
 def test_model_ends_a_text_where_one_ends(weights: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:

@@ -134,6 +134,7 @@ def test_offline_with_a_cache_uses_it(hub: FakeHub, tmp_path: Path) -> None:
 def test_offline_without_a_cache_is_one_line(tmp_path: Path) -> None:
     line = download("http://127.0.0.1:9", tmp_path, REPO)
     assert "the Hugging Face hub cannot be reached" in line
+    assert "no such folder" in line
     assert "--checkpoint DIR" in line
     assert "\n" not in line
 
@@ -148,5 +149,10 @@ def test_folder_demo_and_neither(tiny_minitron: Path) -> None:
     assert (resolve_checkpoint("demo").name, resolve_checkpoint("demo").revision) == ("demo", None)
     with pytest.raises(CheckpointError, match="no such folder; expected a folder, OWNER/NAME"):
         resolve_checkpoint("./not/there")
+    for empty in ("", " "):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            resolve_checkpoint(empty)
+    with pytest.raises(CheckpointError, match="--revision abc for the demo model"):
+        resolve_checkpoint("demo", "abc")
     with pytest.raises(CheckpointError, match="--revision abc for a folder"):
         resolve_checkpoint(str(tiny_minitron), "abc")

@@ -65,6 +65,8 @@ def test_plain_rope_is_read_and_pointed_out(raw: dict[str, Any]) -> None:
 def test_eos_may_be_a_list_and_generation_config_wins(raw: dict[str, Any]) -> None:
     assert read(raw, eos_token_id=[509, 510, 509]).eos_token_ids == (509, 510)
     assert ModelConfig.from_dict(raw, {"eos_token_id": 511}).eos_token_ids == (511,)
+    with pytest.raises(CheckpointError, match="eos_token_id 99999 is outside the vocabulary of 512"):
+        ModelConfig.from_dict({**raw, "eos_token_id": 99999}, {"eos_token_id": 511})
 
 
 def test_parameters_of_the_real_shape() -> None:

@@ -224,4 +224,5 @@ def test_available_memory_is_what_this_process_may_take() -> None:
 
 
 def test_too_little_memory_to_serve_is_pointed_out(real: ModelConfig) -> None:
-    assert "9.0 GB when served, and 8.6 GB are available" in plan_for(real, available_gib=8).warnings[-1]
+    assert "the others wait" in plan_for(real, max_batch_size=1000).warnings[-1]
+    assert "9.0 GB when served, and 8.6 GB are available here" in plan_for(real, available_gib=8).warnings[-1]

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -250,9 +251,39 @@ class TestOptions:
             preflight.resolve_ipv4("a b")
 
     def test_command_line_listens_on_the_host_only(self) -> None:
-        flags = triton_server._server_flags(ServerOptions(Path("repo"), host="10.0.0.7"), "prefix_")
+        flags = triton_server._server_flags(
+            ServerOptions(Path("repo"), host="10.0.0.7"), Path("repo"), "prefix_"
+        )
         assert {f"--{kind}-address=10.0.0.7" for kind in ("grpc", "http", "metrics")} <= set(flags)
         assert "--backend-config=python,shm-region-prefix-name=prefix_" in flags
+
+
+def test_log_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"--log-path .*No such file or directory; give a file"):
+        triton_server._check_log_path(tmp_path / "none" / "x.log")
+
+
+class TestResidue:
+    @pytest.mark.parametrize("name", ["sp ace", "quo'te$x", "ünï 🚀", "plain"])
+    def test_repository_gets_a_plain_name(self, name: str, tmp_path: Path) -> None:
+        repo = tmp_path / name / "model_repo"
+        repo.mkdir(parents=True)
+        (tmp_path / name / "checkpoint").mkdir()
+        residue = triton_server._Residue.create()
+        try:
+            link = residue.link_to(repo)
+            assert triton_server._is_plain(str(link))
+            assert link.resolve() == repo.resolve()
+            assert (link.parent / "checkpoint").is_dir()
+        finally:
+            residue.remove()
+        assert repo.is_dir()
+
+    def test_temporary_folder_with_a_space_is_not_used(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "sp ace"))
+        assert triton_server._plain_folder() == "/tmp"
 
 
 class TestSpawn:

@@ -7,6 +7,7 @@ value refuses the load: Triton's own silence about a typo ends here.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ class Parameters:
         Raises:
             ParameterError: missing, or no such folder.
         """
-        path = (self._model_dir / self.text(key)).resolve()
+        # Not resolved: Triton may have been given a link because the real path has letters it cannot take.
+        path = Path(os.path.abspath(self._model_dir / self.text(key)))
         if not path.is_dir():
             raise ParameterError(
                 f"parameter {key} of model {self.model_name} names {path}, which is not a folder; "

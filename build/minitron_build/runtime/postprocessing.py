@@ -12,6 +12,7 @@ import numpy as np
 
 from . import tensors
 from .inputs import Array
+from .orphan import end_with_parent
 from .parameters import Parameters
 from .status import invalid
 from .tokenizer import TextTokenizer
@@ -29,6 +30,7 @@ class TritonPythonModel:
             TokenizerFileError: the tokenizer cannot be used.
         """
         tensors.check_numpy()
+        end_with_parent()
         parameters = Parameters(args)
         self._tokenizer = TextTokenizer(parameters.folder("tokenizer_dir"))
         self._skip_special_tokens = parameters.flag("skip_special_tokens")

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import tensors
 from .inputs import Array, Inputs
+from .orphan import end_with_parent
 from .parameters import Parameters
 from .prompts import PromptEncoder
 from .word_lists import pack
@@ -28,6 +29,7 @@ class TritonPythonModel:
             TokenizerFileError: the tokenizer cannot be used.
         """
         tensors.check_numpy()
+        end_with_parent()
         self._encoder = PromptEncoder(Parameters(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from . import tensors
 from .acknowledgement import PARAMETER, AckReceiver
+from .orphan import end_with_parent
 from .parameters import Parameters
 from .reference_engine import EngineLimits, EngineOutput, QueueFullError, ReferenceEngine, RequestError
 from .status import CANCELLED, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, StatusError, invalid
@@ -83,6 +84,7 @@ class TritonPythonModel:
             ValueError: the limits contradict each other, or the checkpoint is not one the engine executes.
         """
         tensors.check_numpy()
+        end_with_parent()
         parameters = Parameters(args)
         limits = EngineLimits(**{name: parameters.number(name) for name in EngineLimits.__dataclass_fields__})
         self._exclude_input = parameters.flag("exclude_input_in_output")

@@ -21,6 +21,7 @@ import numpy as np
 from . import tensors
 from .acknowledgement import PARAMETER, AckSender
 from .inputs import Array
+from .orphan import end_with_parent
 from .parameters import Parameters
 from .prompts import PromptEncoder
 from .status import CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, StatusError, invalid
@@ -97,6 +98,7 @@ class TritonPythonModel:
             TokenizerFileError: the tokenizer cannot be used.
         """
         tensors.check_numpy()
+        end_with_parent()
         parameters = Parameters(args)
         self._encoder = PromptEncoder(parameters)
         self._skip_special_tokens = parameters.flag("skip_special_tokens")
