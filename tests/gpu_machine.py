@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from minitron_build.safetensors_file import ITEM_BYTES, layout_header
+from minitron_build.source.safetensors_file import ITEM_BYTES, layout_header
 
 STAND_IN = Path(__file__).parent / "stand_in" / "trtllm-build"
 H100 = ("NVIDIA H100 80GB HBM3", "9.0", 81559, 80995)

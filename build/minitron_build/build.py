@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitron_build.bundle import CHECKPOINT_DIR, ENGINE_DIR, Bundle, check_output_dir, write_bundle
-from minitron_build.checkpoint import TrtllmCheckpoint
-from minitron_build.convert import Progress, convert_checkpoint, plan_conversion
-from minitron_build.engine import build_engine, remaining_work
+from minitron_build.bundle.bundle import CHECKPOINT_DIR, ENGINE_DIR, Bundle, check_output_dir, write_bundle
+from minitron_build.bundle.manifest import MANIFEST_NAME, digest_file
+from minitron_build.checkpoint.convert import Progress, convert_checkpoint, plan_conversion
+from minitron_build.checkpoint.trtllm_checkpoint import TrtllmCheckpoint
+from minitron_build.engine.engine import build_engine, remaining_work
+from minitron_build.engine.precheck import precheck, read_machine
 from minitron_build.errors import CheckpointError, MachineError, PlanError
-from minitron_build.hf_checkpoint import HfCheckpoint, check_folder
-from minitron_build.hub import Source, resolve_checkpoint, resolve_config
-from minitron_build.manifest import MANIFEST_NAME, digest_file
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
-from minitron_build.plan_flags import add_plan_flags, plan_request
-from minitron_build.precheck import precheck, read_machine
-from minitron_build.targets import find_gpus
+from minitron_build.planning.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
+from minitron_build.planning.plan_flags import add_plan_flags, plan_request
+from minitron_build.planning.targets import find_gpus
+from minitron_build.source.hf_checkpoint import HfCheckpoint, check_folder
+from minitron_build.source.hub import Source, resolve_checkpoint, resolve_config
+from minitron_build.source.model_config import ModelConfig
 
 STAGES = ("checkpoint", "engine", "bundle")
 SAME_PLAN = (

@@ -29,14 +29,21 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "build": Verb("minitron_build.build", "HF checkpoint -> TensorRT-LLM checkpoint -> engine -> bundle"),
     "plan": Verb(
-        "minitron_build.plan_command", "memory and ceilings of a build on each GPU model; no work done"
+        "minitron_build.planning.plan_command",
+        "memory and ceilings of a build on each GPU model; no work done",
     ),
-    "inspect": Verb("minitron_build.inspect_command", "what a checkpoint, engine or bundle is, verified"),
-    "lint": Verb("minitron_build.lint", "check a TensorRT-LLM model repository for Triton"),
-    "deploy": Verb("minitron_build.deploy_command", "a Helm chart or Compose file that serves a bundle"),
-    "serve": Verb("minitron_build.serve", "serve a bundle with Triton until SIGTERM"),
-    "demo": Verb("minitron_build.demo", "build, serve and stream the demo model on this CPU"),
-    "logits": Verb("minitron_build.logits", "next-token logits of a TensorRT-LLM checkpoint, as JSON"),
+    "inspect": Verb(
+        "minitron_build.bundle.inspect_command", "what a checkpoint, engine or bundle is, verified"
+    ),
+    "lint": Verb("minitron_build.lint.lint_command", "check a TensorRT-LLM model repository for Triton"),
+    "deploy": Verb(
+        "minitron_build.deploy.deploy_command", "a Helm chart or Compose file that serves a bundle"
+    ),
+    "serve": Verb("minitron_build.serving.serve", "serve a bundle with Triton until SIGTERM"),
+    "demo": Verb("minitron_build.serving.demo", "build, serve and stream the demo model on this CPU"),
+    "logits": Verb(
+        "minitron_build.checkpoint.logits_command", "next-token logits of a TensorRT-LLM checkpoint, as JSON"
+    ),
     "generate": Verb("minitron_client.generate_command", "stream one completion from a server"),
     "health": Verb("minitron_client.health_command", "is a server ready, and with which models"),
 }

@@ -24,7 +24,7 @@ from random_checkpoint import REAL_CONFIG, write_random_checkpoint
 CONVERT = """
 import sys
 from pathlib import Path
-from minitron_build.convert import convert_checkpoint
+from minitron_build.checkpoint.convert import convert_checkpoint
 convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), tp_size=int(sys.argv[3]))
 """
 

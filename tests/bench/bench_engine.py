@@ -23,7 +23,7 @@ from threading import Event
 import torch
 from random_checkpoint import REAL_CONFIG, write_random_checkpoint
 
-from minitron_build.convert import convert_checkpoint
+from minitron_build.checkpoint.convert import convert_checkpoint
 from minitron_build.runtime.reference_engine import (
     EngineLimits,
     EngineOutput,

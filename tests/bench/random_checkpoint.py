@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minitron_build.convert import round_to_bf16
-from minitron_build.model_config import ModelConfig
-from minitron_build.safetensors_file import layout_header
-from minitron_build.weight_map import hf_tensors
+from minitron_build.checkpoint.convert import round_to_bf16
+from minitron_build.checkpoint.weight_map import hf_tensors
+from minitron_build.source.model_config import ModelConfig
+from minitron_build.source.safetensors_file import layout_header
 
 REAL_CONFIG = Path(__file__).parents[1] / "golden" / "data" / "width_base_config.json"
 """config.json of nvidia/Llama-3.1-Minitron-4B-Width-Base, value for value."""

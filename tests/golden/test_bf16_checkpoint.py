@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron_build.convert import convert_checkpoint
-from minitron_build.manifest import digest_file
-from minitron_build.safetensors_file import read_header
+from minitron_build.bundle.manifest import digest_file
+from minitron_build.checkpoint.convert import convert_checkpoint
+from minitron_build.source.safetensors_file import read_header
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "golden_bf16.json").read_text())

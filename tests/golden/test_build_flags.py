@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from minitron_build.errors import PlanError
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan import BuildPlan, PlanRequest, make_plan
-from minitron_build.targets import GENERATIONS, TARGETS
-from minitron_build.trtllm_flags import FLAGS, check_argv, parse_argv, with_paths
+from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
+from minitron_build.planning.targets import GENERATIONS, TARGETS
+from minitron_build.planning.trtllm_flags import FLAGS, check_argv, parse_argv, with_paths
+from minitron_build.source.model_config import ModelConfig
 
 DATA = Path(__file__).parent / "data"
 RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(DATA.glob("resolved_build_*.json"))}

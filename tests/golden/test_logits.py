@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from minitron_build.checkpoint.convert import convert_checkpoint
 from minitron_build.cli import main
-from minitron_build.convert import convert_checkpoint
 from minitron_build.runtime.reference_engine import (
     EngineLimits,
     EngineOutput,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from gpu_machine import STAND_IN, write_fp8_checkpoint, write_zeros
-from minitron_build.convert import convert_checkpoint
-from minitron_build.safetensors_file import read_header
+from minitron_build.checkpoint.convert import convert_checkpoint
+from minitron_build.source.safetensors_file import read_header
 
 DATA = Path(__file__).parent / "data"
 RESOLVED = sorted(DATA.glob("resolved_build_*.json"))

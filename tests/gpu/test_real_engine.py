@@ -19,14 +19,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from minitron_build.convert import convert_checkpoint
-from minitron_build.engine import build_engine, find_build_tool
-from minitron_build.engine_record import EngineRecord
-from minitron_build.hub import resolve_checkpoint
-from minitron_build.inspect_command import inspect
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan import BuildPlan, PlanRequest, make_plan
-from minitron_build.precheck import GpuState, precheck, read_gpus, read_machine
+from minitron_build.bundle.inspect_command import inspect
+from minitron_build.checkpoint.convert import convert_checkpoint
+from minitron_build.engine.engine import build_engine, find_build_tool
+from minitron_build.engine.engine_record import EngineRecord
+from minitron_build.engine.precheck import GpuState, precheck, read_gpus, read_machine
+from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
 from minitron_build.runtime.reference_engine import (
     EngineLimits,
     EngineOutput,
@@ -34,6 +32,8 @@ from minitron_build.runtime.reference_engine import (
     ReferenceEngine,
     SamplingConfig,
 )
+from minitron_build.source.hub import resolve_checkpoint
+from minitron_build.source.model_config import ModelConfig
 
 DEMO_DIR = resolve_checkpoint("demo", None).hf_dir
 NUM_TOKENS = 16

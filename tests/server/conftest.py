@@ -9,10 +9,10 @@ import pytest
 from triton_repos import serving
 
 from minitron_build.build import build_bundle, plan_build
-from minitron_build.bundle import Bundle
-from minitron_build.hub import resolve_checkpoint
-from minitron_build.plan import PlanRequest
-from minitron_build.triton_server import TritonServer
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.planning.plan import PlanRequest
+from minitron_build.serving.triton_server import TritonServer
+from minitron_build.source.hub import resolve_checkpoint
 
 
 @pytest.fixture(scope="session")

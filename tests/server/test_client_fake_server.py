@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
-from minitron_build import triton_server
-from minitron_build.triton_server import ServerOptions, TritonServer, free_ports
+from minitron_build.serving import triton_server
+from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 from minitron_client import (
     Chunk,
     DeadlineError,

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from triton_repos import serving
 
-from minitron_build.bundle import Bundle
-from minitron_build.deploy_compose import PROBE_FILE
-from minitron_build.triton_server import TritonServer
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.deploy.deploy_compose import PROBE_FILE
+from minitron_build.serving.triton_server import TritonServer
 
 
 def run_probe(server: TritonServer, *words: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from triton_calls import PROMPT, Channel, arrays, http_chunks, joined, message, post, sync_answers
 
-from minitron_build.bundle import Bundle
+from minitron_build.bundle.bundle import Bundle
 from minitron_build.runtime.reference_engine import (
     EngineLimits,
     EngineOutput,
@@ -26,7 +26,7 @@ from minitron_build.runtime.reference_engine import (
     SamplingConfig,
 )
 from minitron_build.runtime.tokenizer import TextTokenizer
-from minitron_build.triton_server import TritonServer
+from minitron_build.serving.triton_server import TritonServer
 
 TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
 BOS_ID, EOS_ID = 508, 509

@@ -18,8 +18,8 @@ import pytest
 from triton_calls import PROMPT, Channel, joined, message, post
 from triton_repos import add_variant, copy_bundle, serving, set_parameters
 
-from minitron_build.bundle import Bundle
-from minitron_build.triton_server import TritonServer
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.serving.triton_server import TritonServer
 
 MAX_BATCH_SIZE, MAX_QUEUE_SIZE = 2, 3
 """The engine runs so many, and so many wait."""

@@ -16,8 +16,8 @@ from triton_repos import serving
 
 import minitron_build
 import minitron_client
-from minitron_build.bundle import Bundle
-from minitron_build.model_repo import NOT_COPIED, template_dir
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.repository.model_repo import NOT_COPIED, template_dir
 from minitron_client import MinitronClient
 
 PACKAGES = {"build/minitron_build": minitron_build, "client/minitron_client": minitron_client}

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from triton_calls import PROMPT, Channel, chunks, http_chunks, post, sync_answers
 from triton_repos import add_variant, copy_bundle, serving
 
-from minitron_build.bundle import Bundle
-from minitron_build.triton_server import TritonServer
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.serving.triton_server import TritonServer
 
 TOKENIZER = Tokenizer.from_file(
     str(Path(__file__).parents[1] / "golden" / "data" / "tiny_minitron" / "tokenizer.json")

@@ -23,10 +23,10 @@ import pytest
 
 import minitron_build
 import minitron_client
-from minitron_build import triton_server
 from minitron_build.errors import MachineError, StageError
-from minitron_build.triton_server import ServerOptions, TritonServer, free_ports
-from minitron_build.triton_stubs import live_group, live_servers, live_stubs, read_state
+from minitron_build.serving import triton_server
+from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
+from minitron_build.serving.triton_stubs import live_group, live_servers, live_stubs, read_state
 
 pytestmark = pytest.mark.server
 
@@ -346,7 +346,7 @@ def test_killed_owner_takes_the_server_along_and_a_later_start_sweeps(
 ) -> None:
     repo = write_repo()
     code = (
-        "import sys, time; from pathlib import Path; from minitron_build.triton_server import *\n"
+        "import sys, time; from pathlib import Path; from minitron_build.serving.triton_server import *\n"
         "g, h, m = free_ports()\n"
         "options = ServerOptions(Path(sys.argv[1]), grpc_port=g, http_port=h, metrics_port=m)\n"
         "server = TritonServer.start(options)\n"
@@ -371,8 +371,8 @@ import json, sys, urllib.request
 from pathlib import Path
 from minitron_build.cli import _one_line
 from minitron_build.errors import StageError
-from minitron_build.serve import serve
-from minitron_build.triton_server import ServerOptions, free_ports
+from minitron_build.serving.serve import serve
+from minitron_build.serving.triton_server import ServerOptions, free_ports
 
 def probe(server):
     request = urllib.request.Request(f"{server.http_url}/v2/models/slow/generate", data=b'{"count": 1}')

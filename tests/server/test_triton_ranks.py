@@ -24,11 +24,11 @@ from typing import Any
 import pytest
 
 import minitron_build
-from minitron_build import triton_server
 from minitron_build.errors import MachineError, PlanError, StageError
-from minitron_build.serve import serve
-from minitron_build.triton_server import ServerOptions, TritonServer, free_ports
-from minitron_build.triton_stubs import live_session, read_state
+from minitron_build.serving import triton_server
+from minitron_build.serving.serve import serve
+from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
+from minitron_build.serving.triton_stubs import live_session, read_state
 
 STAND_IN = Path(__file__).parents[1] / "stand_in"
 REAL_MPIRUN = shutil.which("mpirun")
@@ -187,7 +187,7 @@ def test_rank_that_cannot_start_is_told(
 
 def test_killed_owner_takes_every_rank_along(notes: Path, options: ServerOptions) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from minitron_build.triton_server import *\n"
+        "import sys, time; from pathlib import Path; from minitron_build.serving.triton_server import *\n"
         "g, h, m = free_ports()\n"
         "options = ServerOptions(Path(sys.argv[1]), grpc_port=g, http_port=h, metrics_port=m, world_size=3)\n"
         "server = TritonServer.start(options); server.wait_until_ready(); time.sleep(60)\n"

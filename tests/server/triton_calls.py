@@ -17,7 +17,7 @@ import tritonclient.grpc as grpcclient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import triton_to_np_dtype
 
-from minitron_build.triton_server import TritonServer
+from minitron_build.serving.triton_server import TritonServer
 
 PROMPT = "Schöne Grüße 👩‍👩‍👧‍👦 an alle"
 DTYPES = {bool: "BOOL", int: "INT32", float: "FP32", str: "BYTES", bytes: "BYTES"}

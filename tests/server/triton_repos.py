@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitron_build import pbtxt
-from minitron_build.bundle import Bundle
-from minitron_build.triton_server import ServerOptions, TritonServer, free_ports
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.repository import pbtxt
+from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import pytest
 
 from minitron_build import build
 from minitron_build.build import build_bundle, build_checkpoint, plan_build
-from minitron_build.bundle import Bundle
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.bundle.manifest import digest_file
 from minitron_build.errors import CheckpointError
-from minitron_build.hub import Source, resolve_checkpoint
-from minitron_build.manifest import digest_file
-from minitron_build.model_repo import PYTHON_MODELS
-from minitron_build.pbtxt import get_parameters, read_config
-from minitron_build.plan import PlanRequest
+from minitron_build.planning.plan import PlanRequest
+from minitron_build.repository.model_repo import PYTHON_MODELS
+from minitron_build.repository.pbtxt import get_parameters, read_config
+from minitron_build.source.hub import Source, resolve_checkpoint
 
 REQUEST = PlanRequest(arch="cpu", max_batch_size=8)
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from gpu_machine import H100, GpuMachine, make_gpu_machine
-from minitron_build import serve
-from minitron_build.bundle import MODEL_REPO_DIR, Bundle
-from minitron_build.bundle_binding import check_backend
+from minitron_build.bundle.binding import check_backend
+from minitron_build.bundle.bundle import MODEL_REPO_DIR, Bundle
 from minitron_build.cli import main
 from minitron_build.errors import MachineError
-from minitron_build.triton_preflight import TRITONSERVER_VARIABLE, TritonInstall
-from minitron_build.triton_server import ServerOptions
+from minitron_build.serving import serve
+from minitron_build.serving.triton_preflight import TRITONSERVER_VARIABLE, TritonInstall
+from minitron_build.serving.triton_server import ServerOptions
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 A100 = ("NVIDIA A100-SXM4-80GB", "8.0", 81920, 80000)

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_build import convert
-from minitron_build.checkpoint import TrtllmCheckpoint
-from minitron_build.convert import convert_checkpoint, round_to_bf16
+from minitron_build.checkpoint import convert
+from minitron_build.checkpoint.convert import convert_checkpoint, round_to_bf16
+from minitron_build.checkpoint.trtllm_checkpoint import TrtllmCheckpoint
+from minitron_build.checkpoint.weight_map import Mapping, check_mapping, rank_tensors
 from minitron_build.errors import CheckpointError, MachineError, PlanError, StageError
-from minitron_build.model_config import ModelConfig
-from minitron_build.weight_map import Mapping, check_mapping, rank_tensors
+from minitron_build.source.model_config import ModelConfig
 
 EditJson = Callable[[Path, dict[str, Any]], None]
 
@@ -191,7 +191,7 @@ def test_changed_rank_file_is_noticed(tiny_minitron: Path, tmp_path: Path) -> No
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from minitron_build import convert
+from minitron_build.checkpoint import convert
 convert.JOURNAL_EVERY_BYTES = 100_000
 convert.CHUNK_BYTES = 16_384
 seen = 0
@@ -299,7 +299,8 @@ def test_two_conversions_into_one_folder(tiny_minitron: Path, tmp_path: Path) ->
 
 def test_neither_torch_nor_transformers_is_imported(tiny_minitron: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from minitron_build.convert import convert_checkpoint;"
+        "import sys; from pathlib import Path;"
+        "from minitron_build.checkpoint.convert import convert_checkpoint;"
         "convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]));"
         "assert not {'torch', 'transformers', 'safetensors'} & set(sys.modules)"
     )

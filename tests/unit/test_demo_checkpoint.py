@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import minitron_build
-from minitron_build import train_demo
+from minitron_build.demo_model import train_demo
+from minitron_build.demo_model.train_demo import Article, DemoShape, Recipe
 from minitron_build.errors import MachineError, RefusedError
-from minitron_build.train_demo import Article, DemoShape, Recipe
 
 pytestmark = pytest.mark.unit
 
-DEMO_DIR = Path(minitron_build.__file__).parent / "demo_checkpoint"
+DEMO_DIR = Path(minitron_build.__file__).parent / "demo_model" / "checkpoint"
 MAX_FOLDER_BYTES = 9_500_000
 
 # Written for this test, so no standard library holds it.

@@ -16,15 +16,21 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_build import deploy_command, deploy_helm
-from minitron_build.bundle import Bundle
-from minitron_build.deploy_command import check_output
-from minitron_build.deploy_compose import PROBE_FILE, compose_text
-from minitron_build.deploy_helm import SCHEMA_FILE, TEMPLATES_DIR, VALUES_FILE, chart_values, with_comments
-from minitron_build.deployment import ENGINE_DIR, GIB, Deployment, server_argv
+from minitron_build.bundle.bundle import Bundle
+from minitron_build.bundle.manifest import Manifest, digest_file
+from minitron_build.deploy import deploy_command, deploy_helm
+from minitron_build.deploy.deploy_command import check_output
+from minitron_build.deploy.deploy_compose import PROBE_FILE, compose_text
+from minitron_build.deploy.deploy_helm import (
+    SCHEMA_FILE,
+    TEMPLATES_DIR,
+    VALUES_FILE,
+    chart_values,
+    with_comments,
+)
+from minitron_build.deploy.deployment import ENGINE_DIR, GIB, Deployment, server_argv
 from minitron_build.errors import CheckpointError, PlanError
-from minitron_build.manifest import Manifest, digest_file
-from minitron_build.versions import serving_container
+from minitron_build.planning.versions import serving_container
 
 ENGINE_BYTES = 5_300_000_000
 KUBERNETES_VERSIONS = ("1.25", "1.33")  # the oldest that the chart admits, and a recent one
@@ -126,7 +132,7 @@ def test_bundle_gives_the_numbers(make_bundle: MakeBundle) -> None:
 
 
 def test_engine_lies_where_its_configuration_says() -> None:
-    from minitron_build.engine_model import ENGINE_PATH
+    from minitron_build.repository.engine_model import ENGINE_PATH
 
     assert ENGINE_DIR == ENGINE_PATH
 

@@ -18,22 +18,22 @@ from typing import Any
 import pytest
 
 from gpu_machine import H100, GpuMachine, is_running, make_gpu_machine, write_fp8_checkpoint
-from minitron_build.convert import convert_checkpoint
-from minitron_build.engine import (
+from minitron_build.checkpoint.convert import convert_checkpoint
+from minitron_build.engine.engine import (
     build_engine,
     find_build_tool,
     finished_engine,
     remaining_work,
 )
-from minitron_build.engine_config import EngineConfig
-from minitron_build.engine_errors import CAUSES, explain_failure, find_cause
-from minitron_build.engine_file import read_tensorrt_version
-from minitron_build.engine_record import RECORD_NAME, EngineRecord
+from minitron_build.engine.engine_config import EngineConfig
+from minitron_build.engine.engine_errors import CAUSES, explain_failure, find_cause
+from minitron_build.engine.engine_file import read_tensorrt_version
+from minitron_build.engine.engine_record import RECORD_NAME, EngineRecord
+from minitron_build.engine.process_group import Outcome, run_in_group
+from minitron_build.engine.timing_cache import TimingCache
 from minitron_build.errors import CheckpointError, MachineError, MinitronError, StageError
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan import BuildPlan, PlanRequest, make_plan
-from minitron_build.process_group import Outcome, run_in_group
-from minitron_build.timing_cache import TimingCache
+from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
+from minitron_build.source.model_config import ModelConfig
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 
@@ -351,7 +351,7 @@ sys.path.insert(0, {tests!r})
 from unit.test_engine import make
 from minitron_build.cli import _run_verb
 import argparse
-from minitron_build.engine import build_engine
+from minitron_build.engine.engine import build_engine
 def run(args):
     build_engine(make(), Path({checkpoint!r}), Path({engine!r}), container={container},
                  on_line=lambda line: print(line, flush=True))

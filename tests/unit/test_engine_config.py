@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minitron_build.engine_config import EngineConfig
+from minitron_build.engine.engine_config import EngineConfig
 from minitron_build.errors import CheckpointError
 
 DATA = Path(__file__).parents[1] / "golden" / "data"

@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 
-from minitron_build import pbtxt
-from minitron_build.backend_parameters import PARAMETERS, Parameter, is_true, read_number
-from minitron_build.engine_config import EngineConfig
-from minitron_build.engine_model import (
+from minitron_build.engine.engine_config import EngineConfig
+from minitron_build.errors import PlanError
+from minitron_build.lint.lint_checks import Finding
+from minitron_build.lint.lint_command import lint
+from minitron_build.lint.triton_repository import TritonRepository
+from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
+from minitron_build.repository import pbtxt
+from minitron_build.repository.backend_parameters import PARAMETERS, Parameter, is_true, read_number
+from minitron_build.repository.engine_model import (
     ENGINE_PATH,
     SETTINGS,
     engine_model_config,
@@ -24,13 +29,8 @@ from minitron_build.engine_model import (
     set_logits_type,
     write_engine_model,
 )
-from minitron_build.errors import PlanError
-from minitron_build.lint import lint
-from minitron_build.lint_checks import Finding
-from minitron_build.model_config import ModelConfig
-from minitron_build.model_repo import template_dir
-from minitron_build.plan import BuildPlan, PlanRequest, make_plan
-from minitron_build.triton_repository import TritonRepository
+from minitron_build.repository.model_repo import template_dir
+from minitron_build.source.model_config import ModelConfig
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 UPSTREAM = json.loads((DATA / "triton_tensors.json").read_text())["models"]["tensorrt_llm"]

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from minitron_build.errors import CheckpointError
-from minitron_build.hf_checkpoint import INDEX_NAME, HfCheckpoint
+from minitron_build.source.hf_checkpoint import INDEX_NAME, HfCheckpoint
 
 EditJson = Callable[[Path, dict[str, Any]], None]
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

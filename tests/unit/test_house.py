@@ -64,10 +64,10 @@ def test_wheel_carries_everything(tmp_path: Path) -> None:
     subprocess.run([*command, str(CHECKOUT)], check=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for wanted in (
-        "minitron_build/convert.py",
+        "minitron_build/checkpoint/convert.py",
         "minitron_build/runtime/reference_engine/__init__.py",
         "minitron_build/_model_repo/ensemble/config.pbtxt",
-        "minitron_build/demo_checkpoint/model.safetensors",
+        "minitron_build/demo_model/checkpoint/model.safetensors",
         "minitron_client/__init__.py",
     ):
         assert wanted in names

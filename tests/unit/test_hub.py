@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from minitron_build.errors import CheckpointError
-from minitron_build.hub import resolve_checkpoint
+from minitron_build.source.hub import resolve_checkpoint
 
 COMMIT = "5205ef7" + "0" * 33
 REPO = "owner/tiny"
 DOWNLOAD = """
 import sys
 from minitron_build.errors import MinitronError
-from minitron_build.hub import resolve_checkpoint
+from minitron_build.source.hub import resolve_checkpoint
 try:
     source = resolve_checkpoint(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
     print(source.hf_dir, source.revision)

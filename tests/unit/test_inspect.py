@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from gpu_machine import H100, fp8_tensors, make_gpu_machine, write_fp8_checkpoint, write_zeros
-from minitron_build.checkpoint_contract import check_tensors
+from minitron_build.bundle.inspect_command import Report, inspect
+from minitron_build.checkpoint.contract import check_tensors
+from minitron_build.checkpoint.convert import convert_checkpoint
 from minitron_build.cli import VERBS, Verb, main
-from minitron_build.convert import convert_checkpoint
-from minitron_build.engine import build_engine
-from minitron_build.engine_record import RECORD_NAME
+from minitron_build.engine.engine import build_engine
+from minitron_build.engine.engine_record import RECORD_NAME
 from minitron_build.errors import CheckpointError
-from minitron_build.inspect_command import Report, inspect
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan import PlanRequest, make_plan
-from minitron_build.safetensors_file import read_header
+from minitron_build.planning.plan import PlanRequest, make_plan
+from minitron_build.source.model_config import ModelConfig
+from minitron_build.source.safetensors_file import read_header
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 FP8_CONFIG = json.loads((DATA / "config_fp8_1x1.json").read_text())
@@ -92,7 +92,7 @@ def test_engine(artefacts: Path) -> None:
 def test_text_and_json(
     artefacts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(VERBS, "inspect", Verb("minitron_build.inspect_command", "inspect"))
+    monkeypatch.setitem(VERBS, "inspect", Verb("minitron_build.bundle.inspect_command", "inspect"))
     code, out, err = inspect_cli(artefacts / "engine", capsys, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out.splitlines()[-1]) == inspect(artefacts / "engine").as_dict()

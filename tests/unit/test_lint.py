@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from minitron_build import lint as lint_verb
 from minitron_build.errors import CheckpointError
-from minitron_build.lint import lint
-from minitron_build.lint_checks import Finding
-from minitron_build.pbtxt_template import read_template
-from minitron_build.triton_repository import TritonRepository
+from minitron_build.lint import lint_command as lint_verb
+from minitron_build.lint.lint_checks import Finding
+from minitron_build.lint.lint_command import lint
+from minitron_build.lint.pbtxt_template import read_template
+from minitron_build.lint.triton_repository import TritonRepository
 
 CHECKOUT = Path(__file__).parents[2]
 DATA = CHECKOUT / "tests" / "golden" / "data"
@@ -275,8 +275,8 @@ def test_the_committed_model_repo_is_clean() -> None:
 def own(tmp_path: Path, tiny_minitron: Path) -> Path:
     """What a build for the CPU makes of it."""
     from minitron_build.build import build_bundle, plan_build
-    from minitron_build.hub import resolve_checkpoint
-    from minitron_build.plan import PlanRequest
+    from minitron_build.planning.plan import PlanRequest
+    from minitron_build.source.hub import resolve_checkpoint
 
     source = resolve_checkpoint(str(tiny_minitron))
     return build_bundle(plan_build(source, PlanRequest(arch="cpu")), source, tmp_path / "bundle").model_repo

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minitron_build.errors import CheckpointError
-from minitron_build.model_config import ModelConfig
+from minitron_build.source.model_config import ModelConfig
 
 LLAMA3 = {
     "factor": 8.0,

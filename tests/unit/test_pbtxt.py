@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron_build import pbtxt
 from minitron_build.errors import CheckpointError, PlanError
+from minitron_build.repository import pbtxt
 
 TEXT = """
 name: "m"

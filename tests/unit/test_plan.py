@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from minitron_build.errors import PlanError
-from minitron_build.memory_model import DoesNotFitError
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
-from minitron_build.targets import TARGETS, Gpu, resolve_target
+from minitron_build.planning.memory_model import DoesNotFitError
+from minitron_build.planning.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
+from minitron_build.planning.targets import TARGETS, Gpu, resolve_target
+from minitron_build.source.model_config import ModelConfig
 
 GIB = 1 << 30
 REAL = Path(__file__).parents[1] / "golden" / "data" / "width_base_config.json"

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from minitron_build import hub, plan_command
 from minitron_build.errors import MachineError, PlanError
-from minitron_build.hub import DEFAULT_CHECKPOINT, resolve_config
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan_command import configure_parser, run
-from minitron_build.targets import Gpu
+from minitron_build.planning import plan_command
+from minitron_build.planning.plan_command import configure_parser, run
+from minitron_build.planning.targets import Gpu
+from minitron_build.source import hub
+from minitron_build.source.hub import DEFAULT_CHECKPOINT, resolve_config
+from minitron_build.source.model_config import ModelConfig
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 
@@ -219,7 +220,7 @@ def test_own_copy_is_the_golden_one() -> None:
 
 def test_importing_the_verb_is_light() -> None:
     code = (
-        "import sys; import minitron_build.plan_command;"
+        "import sys; import minitron_build.planning.plan_command;"
         "print({'numpy', 'torch', 'matplotlib', 'huggingface_hub'} & set(sys.modules))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from minitron_build.checkpoint.weight_map import Mapping
 from minitron_build.errors import PlanError
-from minitron_build.gpu_models import GPU_MODELS, find_model, find_models, model_of, smallest_model
-from minitron_build.limits import Limits
-from minitron_build.memory_model import (
+from minitron_build.planning.gpu_models import GPU_MODELS, find_model, find_models, model_of, smallest_model
+from minitron_build.planning.limits import Limits
+from minitron_build.planning.memory_model import (
     DoesNotFitError,
     activation_bytes,
     auto_batch,
@@ -21,10 +22,9 @@ from minitron_build.memory_model import (
     model_bytes,
     stage_needs,
 )
-from minitron_build.model_config import ModelConfig
-from minitron_build.roofline import decode_tokens_per_s, prefill_tokens_per_s, rates_of
-from minitron_build.targets import GENERATIONS, TARGETS, Gpu
-from minitron_build.weight_map import Mapping
+from minitron_build.planning.roofline import decode_tokens_per_s, prefill_tokens_per_s, rates_of
+from minitron_build.planning.targets import GENERATIONS, TARGETS, Gpu
+from minitron_build.source.model_config import ModelConfig
 
 CONFIG = ModelConfig.from_dict(
     json.loads((Path(__file__).parents[1] / "golden" / "data" / "width_base_config.json").read_text())

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from minitron_build.errors import PlanError
-from minitron_build.plugins import PLUGIN_FLAGS, REFUSED, RULES, SM100_REFUSED, PluginTarget, decide_plugins
+from minitron_build.planning.plugins import (
+    PLUGIN_FLAGS,
+    REFUSED,
+    RULES,
+    SM100_REFUSED,
+    PluginTarget,
+    decide_plugins,
+)
 
 
 def target(sm: int = 90, precision: str = "fp8", kv: str | None = None, tp_size: int = 1) -> PluginTarget:

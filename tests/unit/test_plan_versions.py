@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minitron_build.errors import MachineError
-from minitron_build.versions import (
+from minitron_build.planning.versions import (
     PIN,
     RELEASE_IMAGE,
     SERVING_TAGS,
@@ -44,12 +44,17 @@ def test_later_tensorrt_llm_has_no_engines(version: str) -> None:
         check_tensorrt_llm(version, where="here")
 
 
-@pytest.mark.parametrize("version", ["1.2.0", "1.2.0rc8", "1.1.0", "0.21.0", "1.2.1.post1", "unknown"])
+@pytest.mark.parametrize("version", ["1.2.0", "1.2.0rc8", "1.1.0", "0.21.0", "unknown"])
 def test_earlier_tensorrt_llm_is_refused(version: str) -> None:
     with pytest.raises(
         MachineError, match="expected 1.2.1; an engine runs only under the version that built it"
     ):
         check_tensorrt_llm(version, where="here")
+
+
+@pytest.mark.parametrize("version", ["1.2.1", "1.2.1+cu131", "1.2.1.post1"])
+def test_a_repackaged_pin_is_the_pin(version: str) -> None:
+    check_tensorrt_llm(version, where="here")
 
 
 @pytest.mark.parametrize("version", ["10.14.1.47", "10.14.1", "10.13.3.9"])

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from gpu_machine import H100, GpuMachine, make_gpu_machine
+from minitron_build.engine.precheck import Machine, precheck, read_gpus, read_machine, visible_gpus
 from minitron_build.errors import MachineError
-from minitron_build.model_config import ModelConfig
-from minitron_build.plan import BuildPlan, PlanRequest, make_plan
-from minitron_build.precheck import Machine, precheck, read_gpus, read_machine, visible_gpus
+from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
+from minitron_build.source.model_config import ModelConfig
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 L40S = ("NVIDIA L40S", "8.9", 46068, 45589)

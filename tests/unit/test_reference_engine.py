@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import minitron_build
-from minitron_build.convert import convert_checkpoint
+from minitron_build.checkpoint.convert import convert_checkpoint
 from minitron_build.runtime.reference_engine import (
     EngineLimits,
     EngineOutput,

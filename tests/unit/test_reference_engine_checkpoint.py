@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_build.convert import convert_checkpoint
+from minitron_build.checkpoint.convert import convert_checkpoint
 from minitron_build.runtime.reference_engine import (
     LlamaModel,
     UnsupportedCheckpointError,

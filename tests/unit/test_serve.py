@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_build import serve
+from minitron_build.serving import serve
 
 pytestmark = pytest.mark.unit
 
@@ -47,7 +47,7 @@ def test_every_flag_reaches_the_server(tmp_path: Path) -> None:
 def test_import_is_light(module: str) -> None:
     """`--help` must not wait for what only serving needs."""
     code = (
-        f"import sys, minitron_build.{module}; "
+        f"import sys, minitron_build.serving.{module}; "
         "print(*({'torch', 'numpy', 'grpc', 'tritonclient', 'transformers', 'pytriton'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

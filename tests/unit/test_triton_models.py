@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron_build import pbtxt
+from minitron_build.repository import pbtxt
 from minitron_build.runtime.acknowledgement import AckReceiver, AckSender
 from minitron_build.runtime.inputs import Inputs
 from minitron_build.runtime.parameters import ParameterError, Parameters

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from minitron_build import triton_preflight as preflight
-from minitron_build import triton_server
 from minitron_build.errors import MachineError, PlanError, StageError
-from minitron_build.triton_log import LogFilter, exit_words, failure_reason, status_words
-from minitron_build.triton_server import ServerOptions, free_ports
-from minitron_build.triton_stubs import live_servers
+from minitron_build.serving import triton_preflight as preflight
+from minitron_build.serving import triton_server
+from minitron_build.serving.triton_log import LogFilter, exit_words, failure_reason, status_words
+from minitron_build.serving.triton_server import ServerOptions, free_ports
+from minitron_build.serving.triton_stubs import live_servers
 
 pytestmark = pytest.mark.unit
 

@@ -1,0 +1,1 @@
+"""The trained demo checkpoint and the script that made it."""

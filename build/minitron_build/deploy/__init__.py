@@ -1,0 +1,1 @@
+"""Helm chart and Compose file that serve a bundle."""

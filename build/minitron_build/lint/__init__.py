@@ -1,0 +1,1 @@
+"""Checks of any TensorRT-LLM model repository."""

@@ -1,0 +1,480 @@
+"""What can be wrong with one model of a TensorRT-LLM repository: one function for each kind of mistake.
+
+Each looks at one model and yields findings; none stops at the first. It knows what Triton, the C++ backend
+and NVIDIA's Python models do with a value. What several models must agree on is in lint_pipeline.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from minitron_build.engine.engine_config import EngineConfig
+from minitron_build.errors import CheckpointError
+from minitron_build.lint.triton_repository import UNKNOWN_TYPE, Part, TritonModel, TritonRepository
+from minitron_build.repository import pbtxt
+from minitron_build.repository.backend_parameters import PARAMETERS, READ_BESIDES, is_true, read_number
+from minitron_build.repository.engine_model import LOGITS_TENSORS, LOGITS_TYPES
+from minitron_build.repository.model_repo import MODELS, RUNTIME_NAME, template_dir
+
+Severity = Literal["error", "warning"]
+ERROR: Severity = "error"
+WARNING: Severity = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        file: in the repository, with its line when the key stands in it.
+        key: parameter, tensor or field.
+        todo: what to do about it, where `expected` does not say it.
+    """
+
+    severity: Severity
+    file: str
+    key: str
+    found: str
+    expected: str = ""
+    todo: str = ""
+
+    def __str__(self) -> str:
+        expected = f"expected {self.expected}" if self.expected else ""
+        words = "; ".join(part for part in (self.found, expected, self.todo) if part)
+        return " ".join(f"{self.severity}: {self.file}: {self.key}: {words}".split())
+
+    def as_dict(self) -> dict[str, str]:
+        """JSON form."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+
+def finding(
+    severity: Severity, model: TritonModel, key: str, found: str, *, expected: str = "", todo: str = ""
+) -> Finding:
+    """A finding about a model's file, with the line of the key in it."""
+    line = model.template.lines.get(key)
+    return Finding(severity, f"{model.file}:{line}" if line else model.file, key, found, expected, todo)
+
+
+Check = Callable[[TritonRepository, TritonModel], Iterator[Finding]]
+
+# --- the file and its folder
+
+_FILL = {
+    "triton_backend": "tensorrtllm",
+    "logits_datatype": "TYPE_FP32 or TYPE_FP16, the logits_dtype of the engine",
+    "encoder_input_features_data_type": "TYPE_FP16",
+    "prompt_embedding_table_data_type": "TYPE_FP16",
+    "decoupled_mode": "true to stream, else false",
+    "triton_max_batch_size": "the max_batch_size of the engine",
+    "max_queue_delay_microseconds": "0",
+    "max_queue_size": "0 for no bound, or how many requests may wait",
+    "batching_strategy": "inflight_fused_batching",
+    "engine_dir": "the folder of the engine",
+    "tokenizer_dir": "the folder of the tokenizer",
+    "preprocessing_instance_count": "1 or more",
+    "postprocessing_instance_count": "1: several overtake each other in a stream",
+    "bls_instance_count": "how many requests shall run at once",
+}
+"""What belongs into upstream's placeholders that must be filled."""
+
+_REQUIRED: dict[Part, tuple[str, ...]] = {
+    "engine": tuple(key for key, parameter in PARAMETERS.items() if parameter.need == "value"),
+    "preprocessing": ("tokenizer_dir",),
+    "postprocessing": ("tokenizer_dir",),
+}
+"""Parameters that must have a value; NVIDIA's Python models raise KeyError without."""
+_KEYS: dict[Part, tuple[str, ...]] = {
+    "engine": tuple(key for key, parameter in PARAMETERS.items() if parameter.need == "key"),
+    "preprocessing": ("multimodal_model_path",),
+}
+"""Parameters whose key must be there, with whatever value."""
+_VERBATIM = ("lora_prefetch_dir", "executor_worker_path")
+"""Parameters of the C++ backend that are used as they are, filled or not."""
+
+
+def check_file(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """The file is there and, its placeholders aside, protobuf text of Triton's schema."""
+    if model.problem:
+        todo = "" if model.template.text else "Triton takes every folder of the repository for a model"
+        yield finding(ERROR, model, "config", model.problem, expected="a Triton configuration", todo=todo)
+
+
+def check_placeholders(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Nothing is left as `${…}`: fatal where a value is needed, else a default nobody chose."""
+    for placeholder in model.template.placeholders:
+        required = placeholder.key in _REQUIRED.get(model.part, ())
+        is_fatal = required or not (placeholder.is_quoted and placeholder.in_parameter)
+        expected = _FILL.get(placeholder.name, "a value") if is_fatal else ""
+        if not placeholder.is_quoted:
+            todo = "protobuf cannot parse the file"
+        elif is_fatal:
+            todo = "the model does not load"
+        else:
+            todo = _optional_todo(model, placeholder.key)
+        yield Finding(
+            ERROR if is_fatal else WARNING,
+            f"{model.file}:{placeholder.line}",
+            placeholder.key,
+            f"${{{placeholder.name}}} is not filled",
+            expected,
+            todo,
+        )
+
+
+def _optional_todo(model: TritonModel, key: str) -> str:
+    """What happens with a placeholder that need not be filled, and what to do with it."""
+    if model.is_cpp_engine and key in _VERBATIM:
+        return "the backend takes the text for a path: fill it or leave it out"
+    or_what = "make it empty" if key in _KEYS.get(model.part, ()) else "leave it out"
+    return f"{_default_words(model, key)}: fill it or {or_what}"
+
+
+def _default_words(model: TritonModel, key: str) -> str:
+    parameter = PARAMETERS.get(key)
+    if not model.is_cpp_engine or parameter is None:
+        return "the model's default holds"
+    return f"the default {parameter.default} holds" if parameter.default else "it stays unset"
+
+
+def check_folder(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Name, version folder, model.py."""
+    name = model.config.name
+    if name and name != model.name:
+        yield finding(ERROR, model, "name", f"is {name}", expected=f"{model.name}, as the folder")
+    if not model.config.backend and not model.config.platform:
+        yield finding(ERROR, model, "backend", "is missing", expected="a backend or a platform")
+    if not model.versions:
+        yield Finding(
+            ERROR,
+            model.name,
+            "1/",
+            "no version folder",
+            "a folder named by a number",
+            "Triton has no version to load; git keeps no empty folder",
+        )
+    elif model.is_python:
+        yield from _check_code(repository, model)
+
+
+def _check_code(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    newest = model.versions[-1]
+    if not (newest / "model.py").is_file():
+        file = f"{model.name}/{newest.name}"
+        yield Finding(ERROR, file, "model.py", "is missing", todo="Triton's start would hang without a word")
+    elif model.is_ours and _is_filled(repository) and not (newest / RUNTIME_NAME).is_dir():
+        yield Finding(ERROR, f"{model.name}/{newest.name}", RUNTIME_NAME, "is missing", todo="build it again")
+
+
+def _is_filled(repository: TritonRepository) -> bool:
+    """A build has put the runtime in; the toolkit's own template has it in no model."""
+    models = repository.models.values()
+    return any((folder / RUNTIME_NAME).is_dir() for model in models for folder in model.versions)
+
+
+def check_batching(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Sizes of Triton's own batcher."""
+    limit = model.config.max_batch_size
+    preferred = max(model.config.dynamic_batching.preferred_batch_size, default=0)
+    if preferred > limit:
+        key = "dynamic_batching.preferred_batch_size"
+        yield finding(ERROR, model, key, f"is {preferred}", expected=f"at most max_batch_size {limit}")
+
+
+# --- parameters
+
+
+def check_names(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Every parameter is one that the model reads; a typo is silent otherwise."""
+    known = _known_names(model)
+    if known is None:
+        return
+    for key in model.parameters:
+        if key in known:
+            continue
+        close = get_close_matches(key, [name for name in known if name not in model.parameters], 1, 0.75)
+        yield finding(
+            ERROR if close else WARNING,
+            model,
+            key,
+            "is no parameter of this model, which ignores it",
+            expected=close[0] if close else "",
+        )
+
+
+_READ_BY_TRITON = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
+_UPSTREAM_NAMES: dict[Part, tuple[str, ...]] = {
+    "engine": (*PARAMETERS, *READ_BESIDES),
+    "preprocessing": (
+        *("tokenizer_dir", "add_special_tokens", "multimodal_model_path"),
+        *("gpt_model_path", "max_num_images", "hf_model_path"),
+    ),
+    "postprocessing": ("tokenizer_dir", "skip_special_tokens"),
+    "text": (
+        *("accumulate_tokens", "tensorrt_llm_model_name"),
+        *("tensorrt_llm_draft_model_name", "multimodal_encoders_name"),
+    ),
+    "ensemble": (),
+}
+
+
+def _known_names(model: TritonModel) -> tuple[str, ...] | None:
+    """The parameters a model reads; None for a model nobody here knows."""
+    if model.is_ours and model.is_python and model.name in MODELS:
+        committed = pbtxt.get_parameters(pbtxt.read_config(template_dir() / model.name))
+        return (*committed, *_READ_BY_TRITON)
+    if model.part not in _UPSTREAM_NAMES:
+        return None
+    return (*_UPSTREAM_NAMES[model.part], *_READ_BY_TRITON)
+
+
+def check_required(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Parameters without which the model does not load."""
+    for key in _required_values(model):
+        if not model.parameters.get(key, "").strip():
+            yield finding(ERROR, model, key, "is missing", todo="the model does not load")
+    for key in _required_keys(model):
+        if key not in model.parameters:
+            todo = "the key must be there, even with an empty value"
+            yield finding(ERROR, model, key, "is missing", todo=todo)
+
+
+def _required_values(model: TritonModel) -> tuple[str, ...]:
+    """Ours read each parameter they know and refuse to load without; of others, see `_REQUIRED`."""
+    if model.is_ours and model.is_python:
+        return tuple(key for key in _known_names(model) or () if key not in _READ_BY_TRITON)
+    return () if _is_other_engine(model) else _REQUIRED.get(model.part, ())
+
+
+def _required_keys(model: TritonModel) -> tuple[str, ...]:
+    is_exempt = (model.is_ours and model.is_python) or _is_other_engine(model)
+    return () if is_exempt else _KEYS.get(model.part, ())
+
+
+def _is_other_engine(model: TritonModel) -> bool:
+    """Not the C++ backend: NVIDIA's model.py for engines has defaults for everything."""
+    return model.part == "engine" and not model.is_cpp_engine
+
+
+def check_values(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Values the C++ backend can use; it takes its default for others and only logs it."""
+    if not model.is_cpp_engine:
+        return
+    for key, parameter in PARAMETERS.items():
+        text = model.value(key)
+        expected = None if text is None else parameter.wrong(text)
+        if expected is None:
+            continue
+        if parameter.need == "value":
+            todo = "the model does not load"
+        else:
+            todo = f"{_default_words(model, key)}, and only the log says so"
+        yield finding(ERROR, model, key, f"is {text}", expected=expected, todo=todo)
+
+
+def check_contradictions(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Parameters that do not go together, whatever the engine is."""
+    if not model.is_cpp_engine:
+        return
+    yield from _check_decoding_mode(model)
+    yield from _check_guided_decoding(repository, model)
+    if is_true(model.value("enable_trt_overlap"), default=False):
+        todo = "the backend ignores it: leave it out"
+        yield finding(WARNING, model, "enable_trt_overlap", "is on", todo=todo)
+    cap = model.value("max_tokens_in_paged_kv_cache")
+    if cap is not None:
+        todo = "the smaller of it and kv_cache_free_gpu_mem_fraction holds: leave it out"
+        found = f"caps the KV cache at {cap} tokens"
+        yield finding(WARNING, model, "max_tokens_in_paged_kv_cache", found, todo=todo)
+
+
+def _check_decoding_mode(model: TritonModel) -> Iterator[Finding]:
+    mode, beams = model.value("decoding_mode"), int(read_number(model.value("max_beam_width")) or 1)
+    fitting = "beam_search" if beams > 1 else "top_k_top_p"
+    if mode in (("top_k", "top_p", "top_k_top_p") if beams > 1 else ("beam_search",)):
+        found = f"is {mode} with max_beam_width {beams}"
+        yield finding(ERROR, model, "decoding_mode", found, expected=fitting)
+    if mode == "lookahead":
+        for key in ("lookahead_window_size", "lookahead_ngram_size", "lookahead_verification_set_size"):
+            if model.value(key) is None:
+                yield finding(ERROR, model, key, "is missing", todo="decoding_mode lookahead needs it")
+
+
+def _check_guided_decoding(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    info = model.value("xgrammar_tokenizer_info_path")
+    if model.value("guided_decoding_backend") is None:
+        return
+    if info is None:
+        todo = "guided decoding stays off without it"
+        yield finding(ERROR, model, "xgrammar_tokenizer_info_path", "is missing", todo=todo)
+    elif repository.has_paths and not (repository.working_dir / info).is_file():
+        yield finding(ERROR, model, "xgrammar_tokenizer_info_path", f"{info}: no such file")
+
+
+# --- paths
+
+
+def check_tokenizer(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """The tokenizer's folder is there."""
+    text = model.value("tokenizer_dir")
+    if text is None or not model.is_python or not repository.has_paths:
+        return
+    if model.is_ours:
+        folder = model.path / text
+        if not folder.is_dir():
+            yield finding(ERROR, model, "tokenizer_dir", f"{text}: no such folder, from the model's own")
+        elif _is_filled(repository) and not (folder / "tokenizer.json").is_file():
+            yield finding(ERROR, model, "tokenizer_dir", f"{text}: has no tokenizer.json")
+    elif not (repository.working_dir / text).is_dir():
+        is_hub_id = text.count("/") == 1 and text[0] not in "./~"
+        yield finding(
+            WARNING if is_hub_id else ERROR,
+            model,
+            "tokenizer_dir",
+            f"{text}: no such folder",
+            todo="it would be fetched from the hub at each start: give a folder" if is_hub_id else "",
+        )
+
+
+def check_engine_dir(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """The engine's folder is there, can be read, and holds one file for each rank."""
+    engine_dir, text = repository.engine_dir(model), model.value("gpt_model_path") or ""
+    if engine_dir is None:
+        return
+    if not engine_dir.is_dir():
+        start = f"the backend looks from where tritonserver is started, here {repository.working_dir}"
+        todo = "" if text.startswith("/") else start
+        yield finding(ERROR, model, "gpt_model_path", f"{text}: no such folder", todo=todo)
+        return
+    try:
+        EngineConfig.read(engine_dir).check_rank_files(engine_dir)
+    except CheckpointError as error:
+        found = f"{text}: {error.found}"
+        yield finding(ERROR, model, "gpt_model_path", found, expected=error.expected, todo=error.todo)
+
+
+# --- the engine behind a C++ model
+
+
+def check_engine(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """What the configuration asks of the engine, the engine was built for."""
+    engine = repository.engine(model)
+    if engine is None:
+        return
+    yield from check_logits(model, engine)
+    for check in (_check_beams, _check_kv_cache, _check_paged_context, _check_limits, _check_batch):
+        yield from check(model, engine)
+
+
+def check_logits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    """Logits are declared in the engine's dtype; the backend sends no others."""
+    wanted = LOGITS_TYPES[engine.logits_dtype]
+    for name in LOGITS_TENSORS:
+        tensor = model.outputs.get(name)
+        if tensor is not None and tensor.dtype not in (wanted, UNKNOWN_TYPE):
+            key = f"output {name} data_type"
+            yield finding(
+                ERROR,
+                model,
+                key,
+                f"is {tensor.dtype}",
+                expected=f"{wanted}: the engine's logits_dtype is {engine.logits_dtype}",
+            )
+
+
+def _check_beams(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    beams = read_number(model.value("max_beam_width")) or 1
+    if beams > engine.max_beam_width:
+        yield finding(
+            ERROR,
+            model,
+            "max_beam_width",
+            f"is {beams:g}",
+            expected=f"at most the engine's {engine.max_beam_width}",
+        )
+
+
+def _check_kv_cache(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    if engine.kv_cache_type != "paged" and (model.value("gpt_model_type") or "").startswith("inflight"):
+        found = f"is {model.value('gpt_model_type')}, and the engine's KV cache is {engine.kv_cache_type}"
+        yield finding(ERROR, model, "gpt_model_type", found, expected="an engine with a paged KV cache")
+    cap = read_number(model.value("max_tokens_in_paged_kv_cache"))
+    if cap is not None and cap < engine.max_seq_len:
+        yield finding(
+            ERROR,
+            model,
+            "max_tokens_in_paged_kv_cache",
+            f"is {cap:g}",
+            expected=f"room for one request of max_seq_len {engine.max_seq_len}",
+            todo="leave it out",
+        )
+    window = model.value("max_attention_window_size")
+    if window is not None and not PARAMETERS["max_attention_window_size"].wrong(window):
+        least = min(int(size) for size in window.split(","))
+        if least < engine.max_seq_len:
+            found = f"is {window}, and tokens further back are forgotten without a word"
+            todo = f"leave it out, or give the engine's max_seq_len {engine.max_seq_len}"
+            yield finding(WARNING, model, "max_attention_window_size", found, todo=todo)
+
+
+def _check_paged_context(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    """KV reuse is on unless it is switched off, which an engine must be able to do."""
+    written = model.value("enable_kv_cache_reuse")
+    reuses = is_true(written, default=True)
+    chunks = is_true(model.value("enable_chunked_context"), default=False)
+    for key, is_on in (("enable_kv_cache_reuse", reuses), ("enable_chunked_context", chunks)):
+        if is_on and not engine.use_paged_context_fmha:
+            is_chosen = model.value(key) is not None
+            yield finding(
+                ERROR if is_chosen else WARNING,
+                model,
+                key,
+                "is on" if is_chosen else "is on by default",
+                expected="false: the engine was built without use_paged_context_fmha",
+            )
+    if reuses and engine.use_paged_context_fmha and engine.kv_cache_quant_algo is not None:
+        found = f"is on{'' if written else ' by default'} with an {engine.kv_cache_quant_algo} KV cache"
+        todo = "reused blocks gave other text (TensorRT-LLM#2699): set it to false"
+        yield finding(WARNING, model, "enable_kv_cache_reuse", found, todo=todo)
+
+
+def _check_limits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    tokens = engine.max_num_tokens
+    chunks = is_true(model.value("enable_chunked_context"), default=False)
+    if tokens is not None and tokens < min(engine.max_input_len, engine.max_seq_len) and not chunks:
+        found = f"is off, so prompts over max_num_tokens {tokens} are refused"
+        todo = f"the engine takes {engine.max_input_len}: set it to true"
+        yield finding(WARNING, model, "enable_chunked_context", found, todo=todo)
+    share = read_number(model.value("gpu_weights_percent"))
+    if share is not None and share < 1 and not engine.weight_streaming:
+        found, expected = f"is {share:g}", "1.0: the engine was built without weight_streaming"
+        yield finding(ERROR, model, "gpu_weights_percent", found, expected=expected)
+
+
+def _check_batch(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    """Triton's limit is of one request, the engine's of all that run: a larger one only queues."""
+    if model.config.max_batch_size > engine.max_batch_size:
+        found = f"is {model.config.max_batch_size}"
+        expected = f"at most the engine's {engine.max_batch_size}, beyond which requests wait"
+        yield finding(WARNING, model, "max_batch_size", found, expected=expected)
+
+
+FILE_CHECKS: tuple[Check, ...] = (check_file, check_placeholders)
+"""For every folder, whether its file can be parsed or not."""
+MODEL_CHECKS: tuple[Check, ...] = (
+    *(check_folder, check_batching, check_names, check_required, check_values, check_contradictions),
+    *(check_tokenizer, check_engine_dir, check_engine),
+)
+"""For every model whose file can be parsed."""
+
+
+def lint_model(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """Everything that is wrong with one model by itself."""
+    for check in FILE_CHECKS:
+        yield from check(repository, model)
+    if model.config is not None:
+        for check in MODEL_CHECKS:
+            yield from check(repository, model)

@@ -1,0 +1,1 @@
+"""Every decision before any work: targets, limits, plugins, memory, ceilings, pinned versions."""

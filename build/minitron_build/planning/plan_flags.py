@@ -1,0 +1,73 @@
+"""The flags that say what to plan, shared by every verb that plans, and the request they make."""
+
+from __future__ import annotations
+
+import argparse
+
+from minitron_build.planning.request import PlanRequest
+from minitron_build.planning.targets import ARCH_CHOICES, GENERATIONS
+from minitron_build.source.hub import DEFAULT_CHECKPOINT
+
+SIZE_FLAGS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+REQUEST_FIELDS = (
+    *("arch", "sm", "precision", "kv_cache_dtype", "tp_size", "pp_size"),
+    *SIZE_FLAGS,
+    *("gpu", "gpu_memory_gb", "kv_cache_fraction"),
+)
+
+
+def add_plan_flags(parser: argparse.ArgumentParser, *, auto_arch: str) -> None:
+    """Add them; their names are fixed.
+
+    Args:
+        auto_arch: what `--arch auto` means to the verb, for its help.
+    """
+    add = parser.add_argument
+    add("--arch", choices=ARCH_CHOICES, default="auto", help=f"what to build for (default: {auto_arch})")
+    others = ", ".join(map(str, GENERATIONS))
+    add("--sm", type=int, metavar="N", help=f"compute capability x 10, instead of the arch's own: {others}")
+    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR|HF_ID|demo", help="default: %(default)s")
+    add(
+        "--revision",
+        help="commit, tag or branch on the hub (default: what main is now, recorded as a commit)",
+    )
+    add("--precision", choices=("auto", "bf16", "fp8"), default="auto", help="default: fp8 where it runs")
+    add("--kv-cache-dtype", choices=("auto", "bf16", "fp8"), default="auto", help="default: as the weights")
+    add("--tp-size", type=int, default=1, metavar="N", help="tensor parallel ranks")
+    add("--pp-size", type=int, default=1, metavar="N", help="pipeline parallel ranks")
+    for name in SIZE_FLAGS:
+        add("--" + name.replace("_", "-"), type=int, metavar="N")
+    add("--gpu", metavar="NAME", help="GPU model that limits are chosen for, such as L40S or A100-80GB")
+    add("--gpu-memory-gb", type=float, metavar="N", help="its memory in 10^9 bytes")
+    add(
+        "--kv-cache-fraction",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="of the GPU memory free beside the engine, what the KV cache takes (default: %(default)s)",
+    )
+    add(
+        "--plugin",
+        action="append",
+        type=_plugin,
+        default=[],
+        metavar="NAME=VALUE",
+        help="a plugin flag of trtllm-build, over what the plan chooses; may be given again",
+    )
+
+
+def plan_request(args: argparse.Namespace) -> PlanRequest:
+    """What the parsed flags ask for.
+
+    Raises:
+        PlanError: a value out of range.
+    """
+    fields = {name: getattr(args, name) for name in REQUEST_FIELDS}
+    return PlanRequest(**fields, plugins=tuple(args.plugin))
+
+
+def _plugin(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value

@@ -1,0 +1,1 @@
+"""The Triton model repository inside a bundle, written through the protobuf message."""

@@ -1,0 +1,1 @@
+"""`tritonserver` as a process, and the verbs that run it."""

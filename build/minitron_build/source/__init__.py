@@ -1,0 +1,1 @@
+"""The Hugging Face side: finding, downloading and strictly reading a source checkpoint."""
