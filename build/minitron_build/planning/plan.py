@@ -219,7 +219,8 @@ def _decide_precision(request: PlanRequest, target: Target) -> Decision:
 
 def _decide_gpu_kv_cache(request: PlanRequest, target: Target, precision: str) -> Decision:
     if request.kv_cache_dtype == "auto":
-        return Decision("kv_cache_dtype", precision, f"as the weights: {target.reason}")
+        reason = target.reason if precision == "fp8" else "no scales for an FP8 cache without FP8 weights"
+        return Decision("kv_cache_dtype", precision, f"as the weights: {reason}")
     if request.kv_cache_dtype == "fp8":
         said = f"--kv-cache-dtype fp8 with --arch {target.arch}"
         if "fp8" not in target.precisions:

@@ -148,7 +148,7 @@ def _from_cache(repo: str, revision: str | None, error: Exception, patterns: tup
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     not_cached: tuple[type[Exception], ...] = (LocalEntryNotFoundError, OSError, *_transport_errors())
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    reason = _root_cause(error)
     try:
         folder = Path(
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=True)
@@ -162,3 +162,10 @@ def _from_cache(repo: str, revision: str | None, error: Exception, patterns: tup
         ) from None
     print(f"hub not reachable ({reason}): using the cached snapshot {folder.name}", file=sys.stderr)
     return Source(repo, folder, folder.name)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost exception's own words: what wraps it repeats the whole URL."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return " ".join(str(error).split())[:160] or type(error).__name__
