@@ -193,6 +193,8 @@ async def test_outputs_nobody_asked_for_are_not_sent(channel: Channel) -> None:
     ]
     assert times == sorted(times)
     assert times[0] > 0
+    blocks = [answer[f"kv_cache_{name}_blocks"].item() for name in ("alloc_total", "alloc_new", "reused")]
+    assert blocks == [1, 1, 0]  # six tokens fit one block, and this engine reuses none
 
 
 async def test_several_prompts_and_several_sequences_in_one_request(

@@ -30,6 +30,7 @@ from minitron_build.runtime.reference_engine import (
     RequestError,
     SamplingConfig,
 )
+from minitron_build.runtime.reference_engine.kv_cache import TOKENS_PER_BLOCK
 
 LIMITS = EngineLimits(max_batch_size=8, max_input_len=400, max_seq_len=600, max_num_tokens=256)
 WAIT_S = 60.0
@@ -419,6 +420,7 @@ def test_close_fails_what_is_open_and_ends_the_thread(checkpoint: Path) -> None:
     engine.close()
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.submit(make_request("late"), collected)
+    assert not engine.stats().is_alive
 
 
 def test_an_idle_engine_uses_no_processor_time(engine: ReferenceEngine) -> None:
@@ -464,9 +466,50 @@ def test_the_package_runs_under_its_name_in_a_bundle(checkpoint: Path, tmp_path:
     assert done.stdout.split() == ["118", "False"]
 
 
-def test_generated_tokens_are_counted(engine: ReferenceEngine) -> None:
+def test_what_was_done_is_counted(engine: ReferenceEngine) -> None:
     before = engine.stats()
-    run(engine, make_request("a", max_tokens=5), make_request("b", max_tokens=7))
+    run(engine, make_request("a", max_tokens=5), make_request("b", prompt_of(300), max_tokens=7))
     after = engine.stats()
     assert after.generated_tokens - before.generated_tokens == 12
+    assert after.prompt_tokens - before.prompt_tokens == 303
     assert after.steps > before.steps
+    assert after.finished["length"] - before.finished["length"] == 2
+    assert set(after.finished) == {"stop", "length", "cancelled", "error"}
+    assert (after.max_running, after.kv_bytes_per_token) == (8, 2 * 4 * 2 * 16 * 4)
+
+
+def test_each_output_says_how_many_blocks_its_request_has(engine: ReferenceEngine) -> None:
+    outputs = run(engine, make_request("a", prompt_of(60), max_tokens=60)).outputs["a"]
+    blocks = [output.kv_blocks for output in outputs]
+    assert blocks == sorted(blocks)
+    assert blocks[0] >= 1
+    assert blocks[-1] * TOKENS_PER_BLOCK >= 119
+
+
+def test_a_standstill_shows_in_the_stats(engine: ReferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(engine, make_request("warm"))
+    time.sleep(0.2)
+    idle = engine.stats()
+    assert (idle.stalled_s, idle.is_alive) == (0.0, True)
+    assert time.monotonic() - idle.heartbeat_s >= 0.2
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hanging_decode(*args: Any) -> torch.Tensor:
+        entered.set()
+        go_on.wait(WAIT_S)
+        raise RuntimeError("hung")
+
+    monkeypatch.setattr(LlamaModel, "decode", hanging_decode)
+    collected = Collected()
+    submitted_s = time.monotonic()
+    engine.submit(make_request("hangs"), collected)
+    assert entered.wait(WAIT_S)
+    # The time it idled is not held against it.
+    assert engine.stats().stalled_s <= time.monotonic() - submitted_s
+    time.sleep(0.3)
+    hung = engine.stats()
+    assert hung.stalled_s >= 0.3
+    assert (hung.kv_tokens_used, hung.kv_tokens_reserved) == (3, 10)
+    go_on.set()
+    collected.wait_for_end("hangs")
+    assert engine.stats().stalled_s == 0.0

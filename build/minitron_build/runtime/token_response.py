@@ -42,6 +42,11 @@ def _time(value_ns: int) -> Array:
     return np.array([[value_ns]], dtype=np.int64)
 
 
+def _own_blocks(piece: Piece) -> Array:
+    """Blocks the request has; this engine reuses none, so all of them are new."""
+    return _int32(piece.last.kv_blocks)
+
+
 def _log_probs(piece: Piece) -> Array:
     values = [value for output in piece.outputs for value in output.log_probs]
     return np.array([[values]], dtype=np.float32)  # [batch 1, beam 1, new tokens]
@@ -76,6 +81,9 @@ _OUTPUTS: dict[str, tuple[str | None, Callable[[Piece], Array | None]]] = {
     "first_scheduled_time_ns": ("perf_metrics", lambda piece: _time(piece.last.times.first_scheduled_ns)),
     "first_token_time_ns": ("perf_metrics", lambda piece: _time(piece.last.times.first_token_ns)),
     "last_token_time_ns": ("perf_metrics", lambda piece: _time(piece.last.times.last_token_ns)),
+    "kv_cache_alloc_total_blocks": ("perf_metrics", _own_blocks),
+    "kv_cache_alloc_new_blocks": ("perf_metrics", _own_blocks),
+    "kv_cache_reused_blocks": ("perf_metrics", lambda piece: _int32(0)),
 }
 """Output -> the flag of `Returns` that asks for it (None: always sent when requested), and how it is made."""
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .kv_cache import SequenceKvCache
 from .llama import PREFILL_CHUNK_TOKENS, LlamaModel
 from .request import (
+    FINISH_REASONS,
     EngineLimits,
     EngineOutput,
     GenerationRequest,
@@ -41,16 +42,32 @@ Rows = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine is doing, at one moment."""
+    """What the engine is doing, at one moment; counters run from the engine's start and never fall."""
 
     running: int
     waiting: int
+    max_running: int
+    """Slots: requests that may run together."""
     steps: int
+    prompt_tokens: int
+    """Prompt tokens computed so far."""
     generated_tokens: int
+    finished: Mapping[str, int]
+    """Requests ended so far, by finish reason; every reason is a key."""
     kv_tokens_used: int
     """Tokens whose keys and values are held now."""
+    kv_tokens_reserved: int
+    """Tokens that the running requests may come to hold; admission counts these, not the used ones."""
     kv_tokens_capacity: int
     """Tokens that running requests may reserve together."""
+    kv_bytes_per_token: int
+    is_alive: bool
+    """Whether the engine's thread runs; False after `close`, and if it ever died."""
+    heartbeat_s: float
+    """`time.monotonic()` at the loop's last turn; it stands still while nothing is open."""
+    stalled_s: float
+    """0 while nothing is open; else seconds since the loop's last turn. One turn may take a whole step: a
+    prompt chunk of a large model is seconds on a few cores, so a watchdog's limit belongs far above that."""
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +147,9 @@ class ReferenceEngine:
         self._open: dict[str, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
-        self._steps = self._generated_tokens = 0
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._finished = dict.fromkeys(FINISH_REASONS, 0)
+        self._heartbeat_s = time.monotonic()
         self._is_closing = False
         self._thread = threading.Thread(target=self._loop, name="reference-engine", daemon=True)
         self._thread.start()
@@ -159,6 +178,8 @@ class ReferenceEngine:
             )
         with self._lock:
             self._check_room_for(request.key)
+            if not self._open:
+                self._heartbeat_s = time.monotonic()  # an idle loop does not turn: its time counts from here
             self._open[request.key] = sequence
             self._waiting.append(sequence)
             self._lock.notify()
@@ -195,11 +216,22 @@ class ReferenceEngine:
             return EngineStats(
                 running=len(self._running),
                 waiting=len(self._waiting),
+                max_running=self._num_slots,
                 steps=self._steps,
+                prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated_tokens,
+                finished=dict(self._finished),
                 kv_tokens_used=sum(one.cache.length for one in self._running if one.cache is not None),
+                kv_tokens_reserved=self._reserved_tokens(),
                 kv_tokens_capacity=self._kv_capacity,
+                kv_bytes_per_token=self._model.kv_bytes_per_token,
+                is_alive=self._thread.is_alive(),
+                heartbeat_s=self._heartbeat_s,
+                stalled_s=time.monotonic() - self._heartbeat_s if self._open else 0.0,
             )
+
+    def _reserved_tokens(self) -> int:
+        return sum(one.max_tokens_held for one in self._running)
 
     def close(self) -> None:
         """Fail what is open, and wait for the engine's thread to end. May be called twice."""
@@ -227,6 +259,7 @@ class ReferenceEngine:
         with self._lock:
             while not (self._is_closing or self._running or self._waiting):
                 self._lock.wait()
+            self._heartbeat_s = time.monotonic()
             return not self._is_closing
 
     def _drop_cancelled(self) -> None:
@@ -238,7 +271,7 @@ class ReferenceEngine:
     def _admit(self) -> None:
         """Let waiting requests run, oldest first, while a slot and memory for the whole length are free."""
         with self._lock:
-            reserved = sum(one.max_tokens_held for one in self._running)
+            reserved = self._reserved_tokens()
             while self._waiting and len(self._running) < self._num_slots:
                 reserved += self._waiting[0].max_tokens_held
                 if reserved > self._kv_capacity:
@@ -294,6 +327,8 @@ class ReferenceEngine:
     def _prefill(self, sequence: _Sequence, num_tokens: int) -> None:
         request, start = sequence.request, sequence.num_prefilled
         hidden = self._model.prefill(request.input_ids[start : start + num_tokens], _cache_of(sequence))
+        with self._lock:
+            self._prompt_tokens += num_tokens
         if request.return_context_logits:
             sequence.context_logits.append(self._model.logits(hidden).numpy())
         if sequence.is_prefilled:
@@ -316,6 +351,7 @@ class ReferenceEngine:
             times=sequence.times,
             log_probs=() if token.log_prob is None else (token.log_prob,),
             cum_log_prob=sequence.cum_log_prob,
+            kv_blocks=_cache_of(sequence).num_blocks,
             context_logits=_joined_logits(sequence),
             generation_logits=logits[None].copy() if sequence.request.return_generation_logits else None,
         )
@@ -340,7 +376,7 @@ class ReferenceEngine:
 
     def _deliver(self, sequence: _Sequence, output: EngineOutput) -> None:
         """Hand an output over; a last one first frees what the request holds."""
-        if output.finish_reason is not None and not self._release(sequence):
+        if output.finish_reason is not None and not self._release(sequence, output.finish_reason):
             return  # it has had its last output
         try:
             sequence.on_output(output)
@@ -349,11 +385,12 @@ class ReferenceEngine:
             if output.finish_reason is None:
                 self._fail(sequence, error)
 
-    def _release(self, sequence: _Sequence) -> bool:
-        """Free slot, queue place and KV cache; False if that was done before."""
+    def _release(self, sequence: _Sequence, reason: str) -> bool:
+        """Free slot, queue place and KV cache, and count the end; False if that was done before."""
         with self._lock:
             if self._open.get(sequence.request.key) is not sequence:
                 return False
+            self._finished[reason] += 1
             del self._open[sequence.request.key]
             if sequence in self._running:
                 self._running.remove(sequence)

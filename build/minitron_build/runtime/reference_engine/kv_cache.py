@@ -24,6 +24,11 @@ class SequenceKvCache:
         # [keys and values, kv_heads, capacity, head_size]
         return torch.empty(2, self._num_kv_heads, capacity, self._head_size, dtype=self._dtype)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of `TOKENS_PER_BLOCK` tokens allocated so far, in every layer alike."""
+        return self._capacity // TOKENS_PER_BLOCK
+
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` more; a quarter ahead, so that copies stay rare.
 

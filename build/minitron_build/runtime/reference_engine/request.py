@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_SEED = 2**64 - 1
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
 
 class RequestError(ValueError):
@@ -198,13 +199,15 @@ class EngineOutput:
     token_ids: tuple[int, ...]
     """New tokens; includes the end id when that ended the output."""
     finish_reason: str | None
-    """None | "stop" | "length" | "cancelled" | "error"."""
+    """None, or one of `FINISH_REASONS`."""
     times: RequestTimes
     log_probs: tuple[float, ...] = ()
     """Of `token_ids`, when asked for: log-softmax over the whole vocabulary of the logits sampled from
     (after bias, temperature, penalties and bans; before top-k and top-p)."""
     cum_log_prob: float = 0.0
     """Sum of all log-probs of the request so far, when asked for."""
+    kv_blocks: int = 0
+    """Blocks of KV cache the request has, `TOKENS_PER_BLOCK` tokens each; 0 when it gave no token."""
     context_logits: npt.NDArray[np.float32] | None = None
     """[prompt_tokens, vocab_size], raw, on the first output only."""
     generation_logits: npt.NDArray[np.float32] | None = None
