@@ -104,11 +104,18 @@ def _all_have_begun(notes: Path) -> list[dict[str, Any]]:
     return [_read(notes, name) for name in ("leader", "follower-1", "follower-2")]
 
 
+def _flag(note: dict[str, Any], name: str) -> Path:
+    return Path(next(word.partition("=")[2] for word in note["argv"] if word.startswith(f"--{name}=")))
+
+
 def test_one_leads_and_the_others_load_the_engine_only(notes: Path, options: ServerOptions) -> None:
     with TritonServer.start(options) as server:
         server.wait_until_ready()
         leader, *followers = _all_have_begun(notes)
         assert server.pid not in {rank["pid"] for rank in (leader, *followers)}, "that is mpirun's"
+        assert {_flag(note, "model-repository").resolve() for note in (leader, *followers)} == {
+            options.model_repo
+        }, "a link to it, which goes with the server"
     assert "--model-control-mode=explicit" not in leader["argv"]
     prefixes = set()
     for rank, note in enumerate((leader, *followers)):
@@ -116,7 +123,6 @@ def test_one_leads_and_the_others_load_the_engine_only(notes: Path, options: Ser
         environ = note["environ"]
         assert environ.get("OMPI_COMM_WORLD_RANK", environ.get("PMIX_RANK")) == str(rank)
         assert environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-        assert f"--model-repository={options.model_repo}" in note["argv"]
         prefixes.add(next(word for word in note["argv"] if "shm-region-prefix-name" in word))
     assert len(prefixes) == 3
     for note in followers:

@@ -6,6 +6,7 @@ module reads /proc; it knows nothing of logs, ports or models' meaning.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +64,10 @@ def live_session(session: int) -> Iterator[int]:
 def live_servers() -> Iterator[int]:
     """Pids of all tritonservers that live on this machine, whoever started them."""
     for pid in _pids():
-        if Path(_command(pid)[0]).name == SERVER_NAME and not read_state(pid).is_dead:
+        if (
+            SERVER_NAME in (Path(_program(pid)).name, Path(_command(pid)[0]).name)
+            and not read_state(pid).is_dead
+        ):
             yield pid
 
 
@@ -100,6 +104,17 @@ def describe_death(stubs: Mapping[int, str]) -> str | None:
 
 def _pids() -> Iterator[int]:
     return (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+
+
+def _program(pid: int) -> str:
+    """The file that a process runs; known from the start, whereas its command line is empty for a moment.
+
+    Empty when the process has ended, or is another user's.
+    """
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return ""
 
 
 def _command(pid: int) -> list[str]:
