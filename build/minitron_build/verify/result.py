@@ -1,0 +1,71 @@
+"""What a verification found: the judged numbers, the facts beside them, and how both are shown.
+
+It knows no models. Written for people as a table, for machines as one JSON document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minitron_build.verify.thresholds import Check
+
+RESULT_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """The verdict on one candidate.
+
+    Attributes:
+        candidate: what was verified, as the user named it.
+        source: what it was held against; None where no source was at hand.
+        checks: every number with a limit, in the table's order.
+        facts: what was measured beside them, in the order it is shown (perplexities, tokens, digests, …).
+        skipped: what was not measured, each with its reason.
+    """
+
+    candidate: str
+    source: str | None
+    checks: tuple[Check, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed; a verification without a check has not."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def failure(self) -> str:
+        """The failed checks in one line: found, expected, what to do about the first; "" if all passed."""
+        failed = [check for check in self.checks if not check.passed]
+        if not failed:
+            return "" if self.checks else f"{self.candidate}: nothing was checked"
+        found = ", ".join(
+            f"{check.rule.title} is {check.rule.show(check.found)}, expected {check.bound}"
+            for check in failed
+        )
+        return f"{self.candidate}: {found}; {failed[0].rule.todo}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "schema": RESULT_SCHEMA,
+            "candidate": self.candidate,
+            "source": self.source,
+            "passed": self.passed,
+            "checks": {check.name: check.as_dict() for check in self.checks},
+            "skipped": dict(self.skipped),
+            **self.facts,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """For people: a line a check, then what was not measured."""
+        yield f"{self.candidate} against {self.source or 'no source'}"
+        width = max((len(check.rule.title) for check in self.checks), default=0)
+        for check in self.checks:
+            verdict = "ok" if check.passed else "FAILED"
+            yield f"  {check.rule.title:<{width}}  {check.rule.show(check.found):>12}  {check.bound:<18} {verdict}"
+        yield from (f"  not measured: {what} ({why})" for what, why in self.skipped.items())
