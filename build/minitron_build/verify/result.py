@@ -67,5 +67,6 @@ class VerifyResult:
         width = max((len(check.rule.title) for check in self.checks), default=0)
         for check in self.checks:
             verdict = "ok" if check.passed else "FAILED"
-            yield f"  {check.rule.title:<{width}}  {check.rule.show(check.found):>12}  {check.bound:<18} {verdict}"
+            found = check.rule.show(check.found)
+            yield f"  {check.rule.title:<{width}}  {found:>14}  {check.bound:<20}  {verdict}"
         yield from (f"  not measured: {what} ({why})" for what, why in self.skipped.items())
