@@ -1,51 +1,56 @@
-"""The blocking client: one server, one shared channel, as many requests at once as threads ask for.
+"""The blocking client: shared by threads, one channel to each server, a request for each thread at a time.
 
-A thin shell: requests are made in `text_request`, responses read in `text_response`, both without a
-connection; this module knows only the order of calls, the deadline and the clock.
+A thin shell: what a request is and when it is tried again is `exchange.py`'s, what goes over the wire is
+`_blocking.py`'s; this module knows only the order of calls.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import os
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import TracebackType
-from typing import TypeVar
 
-from minitron_client._triton import Connection, ResponseStream
+from minitron_client._blocking import Connection, Responses
+from minitron_client._triton import Headers
+from minitron_client.batch import Batch, BatchProgress, PlainPrompt, Prompt
+from minitron_client.endpoints import EndpointPool
 from minitron_client.errors import (
-    DeadlineError,
-    InvalidValueError,
+    ClientClosedError,
     MinitronClientError,
-    NotFoundError,
-    ProtocolError,
     ServerConnectionError,
     UnavailableError,
 )
-from minitron_client.results import Chunk, Completion, Health, Timings
+from minitron_client.exchange import (
+    STALE_METADATA_ERRORS,
+    STOP_TIMEOUT_S,
+    Exchange,
+    call_headers,
+    chosen_sampling,
+)
+from minitron_client.readiness import ReadyWait, merge_health
+from minitron_client.results import Chunk, Completion, Health
 from minitron_client.sampling import SamplingParams
-from minitron_client.tensors import InferRequest, ModelMetadata
-from minitron_client.text_request import stop_request, text_request
-from minitron_client.text_response import CompletionBuilder
+from minitron_client.settings import (
+    DEFAULT_CONNECT_TIMEOUT_S,
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_MODEL,
+    DEFAULT_TIMEOUT_S,
+    ClientSettings,
+    TlsConfig,
+    checked_seconds,
+)
+from minitron_client.tensors import ModelMetadata
+from minitron_client.text_request import stop_request
 
 _log = logging.getLogger("minitron_client")
-_Self = TypeVar("_Self", bound="MinitronClient")
-
-URL_VARIABLE = "MINITRON_URL"
-DEFAULT_URL = "127.0.0.1:8001"
-DEFAULT_MODEL = "tensorrt_llm_bls"
-DEFAULT_TIMEOUT_S = 60.0
-DEFAULT_CONNECT_TIMEOUT_S = 5.0
-_STOP_TIMEOUT_S = 1.0
-_POLL_S, _MAX_POLL_S = 0.05, 0.5
 
 
 class MinitronClient:
-    """A client of one server; safe to share between threads.
+    """A client of one server, or of several that stand in for each other; safe to share between threads.
 
         with MinitronClient("127.0.0.1:8001") as client:
             print(client.generate("def add(a, b):", max_tokens=32).text)
@@ -53,70 +58,99 @@ class MinitronClient:
                 for chunk in stream:
                     print(chunk.text, end="", flush=True)
 
+    After a fork the child makes channels of its own at its first call. Prompts are logged only where the
+    variable MINITRON_LOG_PROMPTS is 1.
+
     Args:
-        url: HOST:PORT of the server's gRPC port; default: environment variable MINITRON_URL, else
+        url: HOST:PORT of the server's gRPC port, or several of them (a list, or commas between): asked in
+            turn, those that fail left out for a while. Default: environment variable MINITRON_URL, else
             127.0.0.1:8001. Nothing is sent before the first call.
-        model: model that answers: "tensorrt_llm_bls" or "ensemble".
-        timeout_s: deadline of a request, from sending to the last response.
+        model: model that answers: "tensorrt_llm_bls", "ensemble", or any that speaks one of the three
+            vocabularies of `text_request.py`.
+        timeout_s: deadline of a request over all attempts, from sending to the last response.
         connect_timeout_s: deadline of the small calls that come first (is anyone there).
+        max_retries: further attempts at a request that failed before its first token for a reason that
+            may pass: not there, not ready, overloaded.
+        tls: default: the MINITRON_TLS* variables, else plain text.
+        api_key: sent as the header that Triton's `--grpc-restricted-protocol` compares. Default:
+            MINITRON_API_KEY.
+        headers: further gRPC metadata of every call, for what stands between.
 
     Raises:
-        InvalidValueError: the url is not HOST:PORT, or a time is not a positive finite number.
+        InvalidValueError: an argument or variable cannot be used; says which.
     """
 
     def __init__(
         self,
-        url: str | None = None,
+        url: str | Sequence[str] | None = None,
         *,
         model: str = DEFAULT_MODEL,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
+        max_retries: int = DEFAULT_MAX_RETRIES,
+        tls: TlsConfig | None = None,
+        api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.model = model
-        self.timeout_s = _checked_seconds("timeout_s", timeout_s)
-        self.connect_timeout_s = _checked_seconds("connect_timeout_s", connect_timeout_s)
-        self._connection = Connection(url or os.environ.get(URL_VARIABLE) or DEFAULT_URL)
-        self._metadata: dict[str, ModelMetadata] = {}
+        self.settings = ClientSettings.of(
+            url, model=model, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s,
+            max_retries=max_retries, tls=tls, api_key=api_key, headers=headers,
+        )  # fmt: skip
+        self._pool = EndpointPool(self.settings.urls)
+        self._connections = {one: Connection(one, self.settings.tls) for one in self.settings.urls}
+        self._metadata: dict[tuple[str, str], ModelMetadata] = {}
+        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
-        """HOST:PORT of the server."""
-        return self._connection.url
+        """HOST:PORT of the server; of all of them with commas between."""
+        return ",".join(self.settings.urls)
+
+    @property
+    def model(self) -> str:
+        """The model that answers."""
+        return self.settings.model
 
     def generate(
         self,
-        prompt: str,
+        prompt: PlainPrompt,
         *,
         sampling: SamplingParams | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
         **options: object,
     ) -> Completion:
         """One completion, when it is whole.
 
         Args:
-            prompt: text to go on from.
+            prompt: text to go on from, or its token ids (model "tensorrt_llm").
             sampling: options as a value; or give them by name (`max_tokens=64, top_p=0.9`).
             timeout_s: deadline of this request; default: the client's.
             request_id: default: a new unique one.
+            headers: further gRPC metadata of this request.
             **options: fields of `SamplingParams`.
 
         Raises:
             InvalidValueError: refused before anything was sent.
             MinitronClientError: see `minitron_client.errors` for the causes.
         """
-        chosen = _sampling(sampling, options)
-        with self._start(prompt, chosen, timeout_s, request_id, is_streaming=False) as stream:
+        exchange = Exchange(
+            self.settings, self._pool, prompt, chosen_sampling(sampling, options), is_streaming=False,
+            timeout_s=timeout_s, request_id=request_id, headers=headers,
+        )  # fmt: skip
+        with TextStream(self, exchange) as stream:
             return stream.final()
 
     def stream(
         self,
-        prompt: str,
+        prompt: PlainPrompt,
         *,
         sampling: SamplingParams | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
         **options: object,
     ) -> TextStream:
         """One completion, piece by piece; arguments and errors as in `generate`.
@@ -125,39 +159,75 @@ class MinitronClient:
             An iterator of `Chunk`, to be used in a `with` block: leaving it early cancels the request
             on the server. The request is on its way when this returns.
         """
-        return self._start(prompt, _sampling(sampling, options), timeout_s, request_id, is_streaming=True)
+        exchange = Exchange(
+            self.settings, self._pool, prompt, chosen_sampling(sampling, options), is_streaming=True,
+            timeout_s=timeout_s, request_id=request_id, headers=headers,
+        )  # fmt: skip
+        return TextStream(self, exchange)
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 32,
+        sampling: SamplingParams | None = None,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+        timeout_s: float | None = None,
+        **options: object,
+    ) -> list[Completion | MinitronClientError]:
+        """Completions of many prompts, in their order; an item that failed is its error.
+
+        Args:
+            prompts: texts or token ids; or pairs of one and its own `SamplingParams`.
+            concurrency: requests in flight at most, one thread each.
+            sampling: options of the prompts that have none of their own; or give them by name.
+            on_progress: called after each item with a `BatchProgress`.
+            timeout_s: deadline of each request; default: the client's.
+            **options: fields of `SamplingParams`.
+
+        Raises:
+            InvalidValueError: an option or the concurrency is refused; nothing was sent.
+        """
+        batch = Batch(
+            prompts, chosen_sampling(sampling, options), concurrency=concurrency, on_progress=on_progress
+        )
+        running: set[TextStream] = set()
+        if not batch.num_workers:
+            return []
+        with ThreadPoolExecutor(batch.num_workers, "minitron-batch") as pool:
+            workers = [pool.submit(self._work, batch, timeout_s, running) for _ in range(batch.num_workers)]
+            try:
+                for worker in as_completed(workers):
+                    worker.result()
+            except BaseException:  # Ctrl-C, or on_progress failed: nothing may go on behind the caller's back
+                batch.abandon()
+                for stream in list(running):
+                    stream.close()
+                raise
+        return batch.results()
 
     def metadata(self, model: str | None = None) -> ModelMetadata:
-        """Inputs and outputs that the server lists for a model; asked once.
+        """Inputs and outputs that the server lists for a model; asked once for each server.
 
         Raises:
             NotFoundError: the server has no such model.
             ServerConnectionError: no server at the address.
         """
-        name = model or self.model
-        with self._lock:
-            known = self._metadata.get(name)
-        if known is None:
-            known = self._connection.model_metadata(name, self.connect_timeout_s)
-            with self._lock:
-                self._metadata[name] = known
-        return known
+        headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
+        return self._describe(self._pool.pick(), model or self.model, limit_s, headers)
 
     def health(self, *, timeout_s: float | None = None) -> Health:
-        """State of the server and of each model in its repository.
+        """State of the server and of each model in its repository; of several servers, what any can do.
 
         A server that is not there is a state (`live` False, with the reason), not an error.
         """
-        limit_s = _checked_seconds("timeout_s", self.connect_timeout_s if timeout_s is None else timeout_s)
-        try:
-            live = self._connection.is_server_live(limit_s)
-            ready = live and self._connection.is_server_ready(limit_s)
-            return Health(live, ready, self._connection.ready_models(limit_s))
-        except (ServerConnectionError, UnavailableError) as error:
-            return Health(live=False, ready=False, reason=error.message)
+        limit_s = checked_seconds(
+            "timeout_s", self.settings.connect_timeout_s if timeout_s is None else timeout_s
+        )
+        return merge_health([self._health_of(url, limit_s) for url in self.settings.urls])
 
     def wait_until_ready(self, timeout_s: float) -> Health:
-        """Wait until the server and this client's model are ready.
+        """Wait until a server and this client's model are ready.
 
         Args:
             timeout_s: how long to wait at most.
@@ -166,25 +236,22 @@ class MinitronClient:
             DeadlineError: not ready in time; says what was still missing.
             NotFoundError: the server is ready and does not have the model.
         """
-        until, pause_s = time.monotonic() + _checked_seconds("timeout_s", timeout_s), _POLL_S
+        wait = ReadyWait(self.url, self.model, timeout_s)
         while True:
-            left_s = max(until - time.monotonic(), _POLL_S)
-            health = self.health(timeout_s=min(left_s, self.connect_timeout_s))
-            if health.ready and health.models.get(self.model):
+            health = self.health(timeout_s=min(wait.left_s, self.settings.connect_timeout_s))
+            pause_s = wait.pause_s(health)
+            if pause_s is None:
                 return health
-            if health.ready and self.model not in health.models:
-                served = ", ".join(sorted(health.models)) or "none"
-                raise NotFoundError(f"{self.url} has no model {self.model}; it has {served}")
-            if time.monotonic() + pause_s > until:
-                raise DeadlineError(f"{self.url} is not ready after {timeout_s:g} s: {self._missing(health)}")
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_POLL_S)
 
     def close(self) -> None:
-        """Cancel what runs and close the channel; may be called twice and from any thread."""
-        self._connection.close()
+        """Cancel what runs and close the channels; may be called twice and from any thread."""
+        for stream in list(self._streams):
+            stream._abandon(ClientClosedError("the client was closed while the request ran"))
+        for connection in self._connections.values():
+            connection.close()
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> MinitronClient:
         return self
 
     def __exit__(
@@ -192,48 +259,65 @@ class MinitronClient:
     ) -> None:
         self.close()
 
-    def _start(
-        self,
-        prompt: str,
-        sampling: SamplingParams,
-        timeout_s: float | None,
-        request_id: str | None,
-        *,
-        is_streaming: bool,
-    ) -> TextStream:
-        limit_s = _checked_seconds("timeout_s", self.timeout_s if timeout_s is None else timeout_s)
-        metadata = self.metadata()
-        key = request_id or uuid.uuid4().hex
-        request = text_request(metadata, prompt, sampling, request_id=key, is_streaming=is_streaming)
-        return TextStream(
-            self._connection.open_stream(request, limit_s),
-            CompletionBuilder(sampling),
-            request_id=key,
-            is_streaming=is_streaming,
-            on_cancel=lambda: self._send_stop(stop_request(metadata, key)),
-            on_error=self._forget_metadata,
+    def _work(self, batch: Batch, timeout_s: float | None, running: set[TextStream]) -> None:
+        """One thread's share of a batch."""
+        for index, prompt, chosen in batch:
+            try:
+                exchange = Exchange(
+                    self.settings, self._pool, prompt, chosen, is_streaming=False, timeout_s=timeout_s
+                )
+                with TextStream(self, exchange, running) as stream:
+                    batch.done(index, stream.final())
+            except MinitronClientError as error:
+                batch.done(index, error)
+
+    def _health_of(self, url: str, limit_s: float) -> Health:
+        headers, connection = call_headers(self.settings), self._connections[url]
+        try:
+            live = connection.ask("ServerLive", limit_s, headers)
+            ready = live and connection.ask("ServerReady", limit_s, headers)
+            return Health(live, ready, connection.ask("RepositoryIndex", limit_s, headers))
+        except (ServerConnectionError, UnavailableError) as error:
+            return Health(live=False, ready=False, reason=error.message)
+
+    def _describe(self, url: str, model: str, limit_s: float, headers: Headers) -> ModelMetadata:
+        key = (url, model)
+        with self._lock:
+            known = self._metadata.get(key)
+        if known is None:
+            known = self._connections[url].describe(model, limit_s, headers)
+            with self._lock:
+                self._metadata[key] = known
+        return known
+
+    def _open(self, exchange: Exchange) -> Responses:
+        """One attempt at a request."""
+        url = exchange.next_url()
+        metadata = self._describe(url, self.model, exchange.connect_timeout_s, exchange.headers)
+        return self._connections[url].open(
+            exchange.request(metadata),
+            exchange.left_s(),
+            exchange.headers,
+            timeout_s=exchange.timeout_s,
+            is_streamed=metadata.is_decoupled is not False,
         )
 
-    def _send_stop(self, request: InferRequest | None) -> None:
-        """Free the slot on the server; nobody waits for the outcome, so a failure is only logged."""
+    def _forget(self, url: str) -> None:
+        with self._lock:
+            self._metadata.pop((url, self.model), None)
+
+    def _send_stop(self, exchange: Exchange) -> None:
+        """Free the slot on the server; takes a second at most, and a failure is only logged."""
+        with self._lock:
+            metadata = self._metadata.get((exchange.url, self.model))
+        request = stop_request(metadata, exchange.request_id) if metadata else None
         if request is None:
             return
         try:
-            for _ in self._connection.open_stream(request, _STOP_TIMEOUT_S):
+            for _ in self._connections[exchange.url].open(request, STOP_TIMEOUT_S, exchange.headers):
                 pass
         except MinitronClientError as error:
             _log.debug("stop of request %s: %s", request.request_id, error)
-
-    def _forget_metadata(self) -> None:
-        """After an error the server may be another one: look again before the next request."""
-        with self._lock:
-            self._metadata.clear()
-
-    def _missing(self, health: Health) -> str:
-        if not health.live:
-            return health.reason or "the server does not say it is live"
-        waiting = sorted(name for name, ready in health.models.items() if not ready)
-        return f"models not ready: {', '.join(waiting)}" if waiting else "the server does not say it is ready"
 
 
 class TextStream:
@@ -244,28 +328,31 @@ class TextStream:
     """
 
     def __init__(
-        self,
-        responses: ResponseStream,
-        builder: CompletionBuilder,
-        *,
-        request_id: str,
-        is_streaming: bool,
-        on_cancel: Callable[[], None],
-        on_error: Callable[[], None],
+        self, client: MinitronClient, exchange: Exchange, running: set[TextStream] | None = None
     ) -> None:
-        self.request_id = request_id
-        self._responses, self._builder, self._is_streaming = responses, builder, is_streaming
-        self._on_cancel, self._on_error = on_cancel, on_error
-        self._started_s = time.monotonic()
-        self._ttft_s: float | None = None
-        self._total_s: float | None = None  # set at the end, whichever end it is
-        self._error: MinitronClientError | None = None
-        self._lock = threading.Lock()
+        self.request_id = exchange.request_id
+        self._client, self._exchange = client, exchange
+        self._running = running if running is not None else set()
+        self._responses: Responses | None = None
+        self._left = threading.Event()
+        self._running.add(self)
+        client._streams.add(self)
+        exchange.start()
+        while self._responses is None and not exchange.has_ended:
+            try:
+                self._responses = client._open(exchange)
+            except MinitronClientError as error:
+                self._recover(error)
+                if exchange.error is not None:
+                    raise exchange.error from None
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return self._builder.text
+        return self._exchange.text
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -276,18 +363,24 @@ class TextStream:
         Raises:
             MinitronClientError: the request failed; raised again by every later call.
         """
-        if self._error is not None:
-            raise self._error
-        if self._total_s is not None:
-            raise StopIteration
-        try:
-            return self._next_chunk()
-        except StopIteration:
-            self._end()
-            raise
-        except MinitronClientError as error:
-            self._fail(error)
-            raise
+        exchange = self._exchange
+        while True:
+            if exchange.error is not None:
+                raise exchange.error
+            if exchange.has_ended:
+                raise StopIteration
+            try:
+                if self._responses is None:
+                    self._responses = self._client._open(exchange)
+                response = self._responses.read()
+                if response is not None:
+                    chunk = exchange.take(response)
+                    if chunk is not None:
+                        return chunk
+                elif exchange.error is None:
+                    exchange.finish()
+            except MinitronClientError as error:
+                self._recover(error)
 
     def final(self) -> Completion:
         """Read to the end and give the whole completion; after an early close, what had come.
@@ -297,16 +390,12 @@ class TextStream:
         """
         for _ in self:
             pass
-        total_s = self._total_s if self._total_s is not None else self._elapsed_s()
-        return self._builder.completion(Timings(total_s, self._ttft_s), self.request_id)
+        return self._exchange.completion()
 
     def close(self) -> None:
         """Cancel the request on the server unless it has ended; may be called twice."""
-        if not self._end():
-            return
-        self._builder.cancel()
-        self._responses.cancel()
-        self._on_cancel()
+        self._running.discard(self)
+        self._abandon(None)
 
     def __enter__(self) -> TextStream:
         return self
@@ -316,45 +405,26 @@ class TextStream:
     ) -> None:
         self.close()
 
-    def _next_chunk(self) -> Chunk:
-        for response in self._responses:
-            chunk = self._builder.add(response)
-            if chunk is not None:
-                if self._is_streaming and self._ttft_s is None and chunk.text:
-                    self._ttft_s = self._elapsed_s()
-                return chunk
-        raise StopIteration
+    def _recover(self, error: MinitronClientError) -> None:
+        """Make way for the next attempt, or note the failure."""
+        responses, self._responses = self._responses, None
+        if responses is not None:
+            responses.cancel()
+        if isinstance(error, STALE_METADATA_ERRORS):
+            self._client._forget(self._exchange.url)
+        pause_s = self._exchange.pause_before_retry_s(error)
+        if pause_s is not None:
+            self._left.wait(pause_s)
+        elif self._exchange.fail(error):
+            self._client._send_stop(self._exchange)
 
-    def _fail(self, error: MinitronClientError) -> None:
-        error.request_id = error.request_id or self.request_id
-        self._error = error
-        self._end()
-        self._responses.cancel()
-        if isinstance(error, (DeadlineError, ProtocolError)):  # the server may still be generating
-            self._on_cancel()
-        self._on_error()
-
-    def _end(self) -> bool:
-        """Note the end; False if it was noted before."""
-        with self._lock:
-            if self._total_s is not None:
-                return False
-            self._total_s = self._elapsed_s()
-            return True
-
-    def _elapsed_s(self) -> float:
-        return time.monotonic() - self._started_s
-
-
-def _sampling(sampling: SamplingParams | None, options: dict[str, object]) -> SamplingParams:
-    if sampling is None:
-        return SamplingParams.of(options)
-    if options:
-        raise InvalidValueError(f"give sampling= or {', '.join(sorted(options))}=, not both")
-    return sampling
-
-
-def _checked_seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InvalidValueError(f"{name} must be a positive, finite number of seconds, got {value!r}")
-    return float(value)
+    def _abandon(self, error: MinitronClientError | None) -> None:
+        """Leave the request: the caller goes, or the client is closed."""
+        if not self._exchange.cancel():
+            return
+        if error is not None:
+            self._exchange.fail(error)
+        self._left.set()
+        if self._responses is not None:
+            self._responses.cancel()
+            self._client._send_stop(self._exchange)

@@ -10,16 +10,16 @@ import dataclasses
 import json
 import sys
 
-from minitron_client.client import (
+from minitron_client.client import MinitronClient
+from minitron_client.results import Completion
+from minitron_client.sampling import DEFAULT_MAX_TOKENS, SamplingParams
+from minitron_client.settings import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_MODEL,
     DEFAULT_TIMEOUT_S,
     DEFAULT_URL,
     URL_VARIABLE,
-    MinitronClient,
 )
-from minitron_client.results import Completion
-from minitron_client.sampling import DEFAULT_MAX_TOKENS, SamplingParams
 
 # flag (and field of SamplingParams), type, help
 _NUMBER_FLAGS: tuple[tuple[str, type, str], ...] = (

@@ -9,8 +9,9 @@ import argparse
 import dataclasses
 import json
 
-from minitron_client.client import DEFAULT_CONNECT_TIMEOUT_S, DEFAULT_URL, URL_VARIABLE, MinitronClient
+from minitron_client.client import MinitronClient
 from minitron_client.results import Health
+from minitron_client.settings import DEFAULT_CONNECT_TIMEOUT_S, DEFAULT_URL, URL_VARIABLE
 
 EXIT_READY, EXIT_NOT_READY = 0, 1
 

@@ -53,6 +53,7 @@ class ModelMetadata:
         platform: "python", "ensemble", ...
         inputs: input tensors by name; which of them are optional is not told.
         outputs: output tensors by name.
+        is_decoupled: whether it may answer with several responses; None where the server does not tell.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelMetadata:
     platform: str
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    is_decoupled: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ It knows the tensor names of `tensorrt_llm_bls` and `ensemble`. It knows nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from minitron_client.errors import InvalidValueError, UnsupportedError
 from minitron_client.sampling import SamplingParams
 from minitron_client.tensors import InferRequest, ModelMetadata, Scalar, Tensor
@@ -21,7 +23,12 @@ _PARAMETERS: dict[str, bool | int | str] = {"triton_enable_empty_final_response"
 
 
 def text_request(
-    metadata: ModelMetadata, prompt: str, sampling: SamplingParams, *, request_id: str, is_streaming: bool
+    metadata: ModelMetadata,
+    prompt: str | Sequence[int],
+    sampling: SamplingParams,
+    *,
+    request_id: str,
+    is_streaming: bool,
 ) -> InferRequest:
     """The request for one completion.
 

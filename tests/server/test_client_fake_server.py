@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
+from fake_triton import AwaitedClient, own_threads
 from minitron_build.serving import triton_server
 from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 from minitron_client import (
@@ -35,7 +35,7 @@ from minitron_client import (
     StreamBrokenError,
     UnavailableError,
 )
-from minitron_client._triton import Connection
+from minitron_client._blocking import Connection
 from minitron_client.tensors import InferRequest, Scalar, Tensor, TensorSpec
 
 pytestmark = pytest.mark.server
@@ -217,13 +217,17 @@ def server(start_server: Callable[[], TritonServer]) -> Iterator[TritonServer]:
         yield started
 
 
-@pytest.fixture(params=[BLS, ENSEMBLE])
+@pytest.fixture(
+    params=[(BLS, MinitronClient), (ENSEMBLE, MinitronClient), (ENSEMBLE, AwaitedClient)],
+    ids=["bls", "ensemble", "ensemble-awaited"],
+)
 def client(server: TritonServer, request: pytest.FixtureRequest) -> Iterator[MinitronClient]:
-    before = set(threading.enumerate())
-    with MinitronClient(server.grpc_url, model=request.param, timeout_s=20) as made:
+    before = own_threads()
+    model, make_client = request.param
+    with make_client(server.grpc_url, model=model, timeout_s=20) as made:
         yield made
     until = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < until:
+    while (left := own_threads() - before) and time.monotonic() < until:
         time.sleep(0.01)
     assert not left
 
@@ -380,7 +384,7 @@ def test_what_triton_says_is_understood(
     words: str,
 ) -> None:
     with pytest.raises(error_class, match=words) as caught:
-        list(connection.open_stream(request_made, 10))
+        list(connection.open(request_made, 10))
     assert type(caught.value) is error_class
     assert caught.value.code == code
     assert "\n" not in str(caught.value)
@@ -394,7 +398,7 @@ def test_a_full_queue_and_a_request_that_waited_too_long(
 ) -> None:
     def ask(_: int) -> type[MinitronClientError] | None:
         try:
-            list(connection.open_stream(infer_request(model, "0.4"), 10))
+            list(connection.open(infer_request(model, "0.4"), 10))
         except MinitronClientError as error:
             return type(error)
         return None
@@ -433,7 +437,7 @@ def test_a_dead_model_does_not_hang_and_a_killed_server_breaks_its_streams(
         connection = Connection(server.grpc_url)
         for word in ("die", "0"):  # here, because a server with a dead model cannot drain
             with pytest.raises(InternalError, match=r"Stub process .* is not healthy"):
-                list(connection.open_stream(infer_request("fragile", word), 10))
+                list(connection.open(infer_request("fragile", word), 10))
         connection.close()
         with client.stream(script(("count", 1000))) as stream:
             next(stream)

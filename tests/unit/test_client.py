@@ -17,9 +17,17 @@ from typing import Any
 
 import grpc
 import pytest
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import minitron_client
+from fake_triton import (
+    AwaitedClient,
+    FakeTriton,
+    failure,
+    own_threads,
+    reply,
+    serving_fake,
+    until_cancelled,
+)
 from minitron_client import (
     CancelledError,
     Chunk,
@@ -39,131 +47,46 @@ from minitron_client import (
     generate_command,
     health_command,
 )
-from minitron_client.tensors import Tensor, TensorSpec
 
 pytestmark = pytest.mark.unit
 
-Script = Callable[[Any, Any], Iterator[Any]]
-INPUTS = {
-    "text_input": "BYTES", "max_tokens": "INT32", "stream": "BOOL", "exclude_input_in_output": "BOOL",
-    "stop": "BOOL", "temperature": "FP32", "top_p": "FP32", "seed": "UINT64", "stop_words": "BYTES",
-}  # fmt: skip
-OUTPUTS = {"text_output": "BYTES", "finish_reason": "BYTES"}
-
-
-def reply(text: str | None = None, *, is_final: bool | None = False, finish_reason: str = "") -> Any:
-    """One response message; without a text it has no outputs."""
-    message = service_pb2.ModelStreamInferResponse()
-    answer = message.infer_response
-    if is_final is not None:
-        answer.parameters["triton_final_response"].bool_param = is_final
-    for name, value in (("text_output", text), ("finish_reason", finish_reason)):
-        if text is not None and value is not None:
-            tensor = Tensor.of(TensorSpec(name, "BYTES", (-1, 1)), [value])
-            answer.outputs.add(name=name, datatype="BYTES", shape=tensor.shape)
-            answer.raw_output_contents.append(tensor.data)
-    return message
-
-
-def failure(sentence: str) -> Any:
-    return service_pb2.ModelStreamInferResponse(error_message=sentence)
-
-
-class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # untyped package
-    """Plays `script` for every request but a stop request, and remembers what it saw."""
-
-    def __init__(self) -> None:
-        self.script: Script = lambda request, context: iter([reply("ok", is_final=True)])
-        self.requests: list[Any] = []
-        self.stopped_ids: list[str] = []
-        self.num_metadata_calls = 0
-        self.cancelled = threading.Event()
-        self.saw_end_of_requests = threading.Event()
-        self.inputs = dict(INPUTS)
-        self.models = {"tensorrt_llm_bls": "READY", "ensemble": "READY"}
-        self.is_ready = True
-        self.url = ""
-
-    def ServerLive(self, request: Any, context: Any) -> Any:
-        return service_pb2.ServerLiveResponse(live=True)
-
-    def ServerReady(self, request: Any, context: Any) -> Any:
-        return service_pb2.ServerReadyResponse(ready=self.is_ready)
-
-    def ModelReady(self, request: Any, context: Any) -> Any:
-        return service_pb2.ModelReadyResponse(ready=self.models.get(request.name) == "READY")
-
-    def RepositoryIndex(self, request: Any, context: Any) -> Any:
-        index = service_pb2.RepositoryIndexResponse()
-        for name, state in self.models.items():
-            index.models.add(name=name, version="1", state=state)
-        return index
-
-    def ModelMetadata(self, request: Any, context: Any) -> Any:
-        self.num_metadata_calls += 1
-        if request.name not in self.models:
-            context.abort(
-                grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found"
-            )
-        answer = service_pb2.ModelMetadataResponse(name=request.name, versions=["1"], platform="python")
-        for table, listed in ((self.inputs, answer.inputs), (OUTPUTS, answer.outputs)):
-            for name, datatype in table.items():
-                listed.add(name=name, datatype=datatype, shape=[-1, 1])
-        return answer
-
-    def ModelConfig(self, request: Any, context: Any) -> Any:
-        answer = service_pb2.ModelConfigResponse()
-        answer.config.name = request.name
-        return answer
-
-    def ModelStreamInfer(self, request_iterator: Any, context: Any) -> Iterator[Any]:
-        context.add_callback(lambda: self.cancelled.set() if not context.is_active() else None)
-        request = next(request_iterator)
-        if "stop" in [item.name for item in request.inputs]:
-            self.stopped_ids.append(request.id)
-            yield reply(is_final=True)
-            return
-        self.requests.append(request)
-        yield from self.script(request, context)
-        if next(request_iterator, None) is None:
-            self.saw_end_of_requests.set()
+MAKERS = {"blocking": MinitronClient, "awaited": AwaitedClient}
 
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
+    before = own_threads()
     yield
     until = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < until:
+    while (left := own_threads() - before) and time.monotonic() < until:
         time.sleep(0.01)
     assert not left
 
 
 @pytest.fixture
 def fake(_no_thread_is_left: None) -> Iterator[FakeTriton]:
-    triton = FakeTriton()
-    with ThreadPoolExecutor(16) as pool:
-        server = grpc.server(pool)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
-        triton.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        server.start()
+    with serving_fake() as triton:
         yield triton
-        server.stop(None).wait()
+
+
+@pytest.fixture(params=MAKERS)
+def make_client(request: pytest.FixtureRequest) -> Callable[..., MinitronClient]:
+    """Makes either client; both are called alike."""
+    return MAKERS[request.param]  # type: ignore[return-value]
 
 
 @pytest.fixture
-def client(fake: FakeTriton) -> Iterator[MinitronClient]:
-    with MinitronClient(fake.url, timeout_s=10) as made:
+def client(fake: FakeTriton, make_client: Callable[..., MinitronClient]) -> Iterator[MinitronClient]:
+    with make_client(fake.url, timeout_s=10, max_retries=0) as made:
         yield made
 
 
-def until_cancelled(request: Any, context: Any) -> Iterator[Any]:
-    """Text for as long as the caller listens."""
-    for number in range(10_000):
-        if not context.is_active():
-            return
-        yield reply(f"{number} ")
-        time.sleep(0.002)
+def soon(holds: Callable[[], bool], timeout_s: float = 5) -> bool:
+    """Whether it holds before the time is over."""
+    until_s = time.monotonic() + timeout_s
+    while not holds() and time.monotonic() < until_s:
+        time.sleep(0.01)
+    return holds()
 
 
 # --- the package ---
@@ -244,8 +167,8 @@ def test_metadata_is_read_once_and_again_after_an_error(fake: FakeTriton, client
     client.generate("a")
     client.generate("b")
     assert fake.num_metadata_calls == 1
-    fake.script = lambda request, context: iter([failure("INTERNAL: lost it")])
-    with pytest.raises(InternalError, match="lost it"):
+    fake.script = lambda request, context: iter([failure("unexpected inference input 'seed' for model 'x'")])
+    with pytest.raises(InvalidRequestError, match="unexpected inference input"):
         client.generate("c")
     fake.script = lambda request, context: iter([reply("ok", is_final=True)])
     client.generate("d")
@@ -293,7 +216,7 @@ def test_leaving_early_cancels_the_rpc_and_sends_a_stop(fake: FakeTriton, client
             if chunk.text.startswith("3"):
                 break
     assert fake.cancelled.wait(5)
-    assert fake.stopped_ids == [stream.request_id]
+    assert soon(lambda: fake.stopped_ids == [stream.request_id])
     completion = stream.final()
     assert (completion.text, completion.finish_reason) == ("0 1 2 3 ", "cancelled")
     stream.close()
@@ -312,7 +235,7 @@ def test_an_error_in_the_with_block_cancels_too(fake: FakeTriton, client: Minitr
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert fake.cancelled.wait(5)
-    assert fake.stopped_ids == [stream.request_id]
+    assert soon(lambda: fake.stopped_ids == [stream.request_id])
 
 
 def test_a_server_without_a_stop_input_gets_no_stop(fake: FakeTriton, client: MinitronClient) -> None:
@@ -363,7 +286,7 @@ def test_the_deadline_is_kept_and_the_server_told(fake: FakeTriton, client: Mini
     assert time.monotonic() - started_s < 2
     assert caught.value.code == "DEADLINE_EXCEEDED"
     assert fake.cancelled.wait(5)
-    assert fake.stopped_ids == [caught.value.request_id]
+    assert soon(lambda: fake.stopped_ids == [caught.value.request_id])
 
 
 def test_a_server_s_sentence_is_raised_with_the_request_s_id(
@@ -558,12 +481,13 @@ def test_waiting_until_ready(fake: FakeTriton, client: MinitronClient) -> None:
 
 
 def test_a_connection_answers_for_one_model_and_its_config(fake: FakeTriton) -> None:
-    from minitron_client._triton import Connection, model_config_pb2
+    from minitron_client._blocking import Connection
+    from minitron_client._triton import model_config_pb2
 
     connection = Connection(fake.url)
-    assert connection.is_model_ready("ensemble", 5)
-    assert not connection.is_model_ready("nope", 5)
-    config = connection.model_config("ensemble", 5)
+    assert connection.ask("ModelReady", 5, name="ensemble")
+    assert not connection.ask("ModelReady", 5, name="nope")
+    config = connection.ask("ModelConfig", 5, name="ensemble")
     assert isinstance(config, model_config_pb2().ModelConfig)
     assert config.name == "ensemble"
     connection.close()

@@ -1,0 +1,225 @@
+"""Blocking calls to one server over one gRPC channel, and the responses to one of them.
+
+It knows grpc's threads and its behaviour after a fork. Messages, channel options and what a failure
+means are `_triton.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from minitron_client._triton import (
+    DRAIN_S,
+    SMALL_CALLS,
+    Headers,
+    ResponseReader,
+    make_stub,
+    messages,
+    read_metadata,
+    request_message,
+    small_call_error,
+    status_of,
+)
+from minitron_client.errors import ClientClosedError, MinitronClientError
+from minitron_client.settings import TlsConfig, check_url
+from minitron_client.tensors import InferRequest, InferResponse, ModelMetadata
+
+_log = logging.getLogger("minitron_client")
+
+
+class Connection:
+    """One gRPC channel to one server, shared by all threads of a process.
+
+    Args:
+        url: HOST:PORT. Nothing is sent before the first call.
+        tls: None for plain text.
+    """
+
+    def __init__(self, url: str, tls: TlsConfig | None = None) -> None:
+        self.url = check_url(url)
+        self._tls = tls
+        self._lock = threading.Lock()
+        self._calls: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._channel: Any = None
+        self._stub: Any = None
+        self._pid = os.getpid()
+        self._is_closed = False
+
+    def ask(self, name: str, timeout_s: float, headers: Headers = (), /, **fields: str) -> Any:
+        """One of `SMALL_CALLS`, read.
+
+        Raises:
+            MinitronClientError: the call failed.
+        """
+        import grpc
+
+        request_type, read = SMALL_CALLS[name]
+        stub, message = self._open(), getattr(messages(), request_type)(**fields)
+        try:
+            return read(getattr(stub, name)(message, timeout=timeout_s, metadata=headers))
+        except ValueError as error:  # grpc's way to say that close() came in between
+            raise ClientClosedError(f"the client for {self.url} was closed") from error
+        except grpc.RpcError as error:
+            raise small_call_error(*status_of(error), self.url, timeout_s) from None
+
+    def describe(self, model: str, timeout_s: float, headers: Headers = ()) -> ModelMetadata:
+        """What the model takes and gives, and whether it is decoupled.
+
+        Raises:
+            NotFoundError: the server has no such model.
+        """
+        answer = self.ask("ModelMetadata", timeout_s, headers, name=model)
+        is_decoupled: bool | None = None
+        try:
+            config = self.ask("ModelConfig", timeout_s, headers, name=model)
+            is_decoupled = bool(config.model_transaction_policy.decoupled)
+        except MinitronClientError as error:  # closed to callers: a stream works for either kind
+            _log.debug("configuration of %s: %s", model, error)
+        return read_metadata(answer, is_decoupled)
+
+    def open(
+        self,
+        request: InferRequest,
+        left_s: float,
+        headers: Headers = (),
+        *,
+        timeout_s: float | None = None,
+        is_streamed: bool = True,
+    ) -> Responses:
+        """Send one request, on a stream of its own that is closed for sending, or as a unary call.
+
+        Args:
+            request: what to ask.
+            left_s: deadline of the call.
+            headers: gRPC metadata.
+            timeout_s: what the caller gave for all attempts, for the error that names it.
+            is_streamed: False for a model that answers once.
+        """
+        stub, message = self._open(), request_message(request)
+        try:
+            if is_streamed:
+                # One stream per request: the end of the RPC is the end of the answer, whatever is flagged.
+                call = stub.ModelStreamInfer(iter([message]), timeout=left_s, metadata=headers)
+            else:
+                call = stub.ModelInfer.future(message, timeout=left_s, metadata=headers)
+        except ValueError as error:
+            raise ClientClosedError(f"the client for {self.url} was closed") from error
+        self._calls.add(call)
+        reader = ResponseReader(self.url, request.request_id, left_s if timeout_s is None else timeout_s)
+        return Responses(call, reader) if is_streamed else Answer(call, reader)
+
+    def close(self) -> None:
+        """Cancel every open call and close the channel; may be called twice and from any thread."""
+        with self._lock:
+            self._is_closed = True
+            channel, self._channel, self._stub = self._channel, None, None
+        if self._pid != os.getpid():  # the parent's: a child has no business with it
+            return
+        for call in list(self._calls):
+            call.cancel()
+        if channel is not None:
+            channel.close()
+
+    def _open(self) -> Any:
+        """The stub, with its channel, made at the first call of each process."""
+        with self._lock:
+            if self._is_closed:
+                raise ClientClosedError(f"the client for {self.url} was closed; make a new one")
+            if self._stub is None or self._pid != os.getpid():
+                import grpc
+
+                self._pid, self._calls = os.getpid(), weakref.WeakSet()
+                self._channel, self._stub = make_stub(grpc, self.url, self._tls)
+            return self._stub
+
+
+class Responses:
+    """The responses to one request, in order; read by one thread, cancelled by any."""
+
+    def __init__(self, call: Any, reader: ResponseReader) -> None:
+        self._call, self._reader = call, reader
+        self._is_cancelled = False
+
+    def __iter__(self) -> Iterator[InferResponse]:
+        return self
+
+    def __next__(self) -> InferResponse:
+        """The next response.
+
+        Raises:
+            StopIteration: `read` gave None.
+            MinitronClientError: as `read`.
+        """
+        response = self.read()
+        if response is None:
+            raise StopIteration
+        return response
+
+    def read(self) -> InferResponse | None:
+        """The next response; None once the RPC has been read to its end, or after `cancel`.
+
+        Raises:
+            MinitronClientError: the server's error, the deadline, or a connection that went.
+        """
+        import grpc
+
+        try:
+            message = next(self._call, None)
+        except grpc.RpcError as error:
+            if self._is_cancelled:
+                return None
+            raise self._reader.error(*status_of(error)) from None
+        if message is None:
+            if not self._is_cancelled:
+                self._reader.check_whole()
+            return None
+        if message.error_message:
+            self._drain()
+            raise self._reader.refusal(message.error_message)
+        return self._reader.take(message.infer_response)
+
+    def cancel(self) -> None:
+        """End the RPC; the reading stops without an error."""
+        self._is_cancelled = True
+        self._call.cancel()
+
+    def _drain(self) -> None:
+        """Read on to the end of the RPC after an error, for a moment at most."""
+        import grpc
+
+        timer = threading.Timer(DRAIN_S, self._call.cancel)
+        timer.start()
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError as error:
+            _log.debug("after an error the stream went on: %s", status_of(error)[0])
+        finally:
+            timer.cancel()
+            timer.join()
+
+
+class Answer(Responses):
+    """The one response to a unary call."""
+
+    def read(self) -> InferResponse | None:
+        """The response, then None; errors as on a stream."""
+        import grpc
+
+        if self._reader.num_responses:
+            return None
+        try:
+            return self._reader.take(self._call.result())
+        except grpc.FutureCancelledError:  # by us: a server's CANCELLED is an RpcError
+            if self._is_cancelled:
+                return None
+            raise self._reader.error("CANCELLED", "the client was closed") from None
+        except grpc.RpcError as error:
+            if self._is_cancelled:
+                return None
+            raise self._reader.error(*status_of(error)) from None

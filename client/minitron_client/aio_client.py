@@ -1,0 +1,420 @@
+"""The awaited client: the same methods as `MinitronClient`, thousands of requests at once on one event loop.
+
+A thin shell: what a request is and when it is tried again is `exchange.py`'s, what goes over the wire is
+`_aio.py`'s; this module knows only what to await in which order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from minitron_client._triton import Headers, small_call_error
+from minitron_client.batch import Batch, BatchProgress, PlainPrompt, Prompt
+from minitron_client.endpoints import EndpointPool
+from minitron_client.errors import (
+    ClientClosedError,
+    MinitronClientError,
+    ServerConnectionError,
+    UnavailableError,
+)
+from minitron_client.exchange import (
+    STALE_METADATA_ERRORS,
+    STOP_TIMEOUT_S,
+    Exchange,
+    call_headers,
+    chosen_sampling,
+)
+from minitron_client.readiness import ReadyWait, merge_health
+from minitron_client.results import Chunk, Completion, Health
+from minitron_client.sampling import SamplingParams
+from minitron_client.settings import (
+    DEFAULT_CONNECT_TIMEOUT_S,
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_MODEL,
+    DEFAULT_TIMEOUT_S,
+    ClientSettings,
+    TlsConfig,
+    checked_seconds,
+)
+from minitron_client.tensors import InferRequest, ModelMetadata
+from minitron_client.text_request import stop_request
+
+if TYPE_CHECKING:
+    from minitron_client._aio import AioConnection, AioResponses
+
+_log = logging.getLogger("minitron_client")
+
+
+class AsyncMinitronClient:
+    """A client of one server, or of several that stand in for each other; belongs to one event loop.
+
+        async with AsyncMinitronClient("127.0.0.1:8001") as client:
+            print((await client.generate("def add(a, b):", max_tokens=32)).text)
+            async with client.stream("Once upon a time", top_p=0.9, seed=7) as stream:
+                async for chunk in stream:
+                    print(chunk.text, end="", flush=True)
+
+    Arguments, environment and errors are those of `MinitronClient`.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str] | None = None,
+        *,
+        model: str = DEFAULT_MODEL,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
+        max_retries: int = DEFAULT_MAX_RETRIES,
+        tls: TlsConfig | None = None,
+        api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.settings = ClientSettings.of(
+            url, model=model, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s,
+            max_retries=max_retries, tls=tls, api_key=api_key, headers=headers,
+        )  # fmt: skip
+        self._pool = EndpointPool(self.settings.urls)
+        self._connections: dict[str, AioConnection] = {}
+        self._metadata: dict[tuple[str, str], ModelMetadata] = {}
+        self._asking: dict[tuple[str, str], asyncio.Task[ModelMetadata]] = {}
+        self._streams: weakref.WeakSet[AsyncTextStream] = weakref.WeakSet()
+        self._stops: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
+
+    @property
+    def url(self) -> str:
+        """HOST:PORT of the server; of all of them with commas between."""
+        return ",".join(self.settings.urls)
+
+    @property
+    def model(self) -> str:
+        """The model that answers."""
+        return self.settings.model
+
+    async def generate(
+        self,
+        prompt: PlainPrompt,
+        *,
+        sampling: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **options: object,
+    ) -> Completion:
+        """One completion, when it is whole; see `MinitronClient.generate`."""
+        chosen = chosen_sampling(sampling, options)
+        exchange = Exchange(
+            self.settings, self._pool, prompt, chosen, is_streaming=False,
+            timeout_s=timeout_s, request_id=request_id, headers=headers,
+        )  # fmt: skip
+        async with AsyncTextStream(self, exchange) as stream:
+            return await stream.final()
+
+    def stream(
+        self,
+        prompt: PlainPrompt,
+        *,
+        sampling: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **options: object,
+    ) -> AsyncTextStream:
+        """One completion, piece by piece; not awaited itself. See `MinitronClient.stream`.
+
+        Returns:
+            An asynchronous iterator of `Chunk`, to be used in an `async with` block: leaving it early
+            cancels the request on the server. The request is sent on entering.
+        """
+        exchange = Exchange(
+            self.settings, self._pool, prompt, chosen_sampling(sampling, options), is_streaming=True,
+            timeout_s=timeout_s, request_id=request_id, headers=headers,
+        )  # fmt: skip
+        return AsyncTextStream(self, exchange)
+
+    async def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 32,
+        sampling: SamplingParams | None = None,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+        timeout_s: float | None = None,
+        **options: object,
+    ) -> list[Completion | MinitronClientError]:
+        """Completions of many prompts, in their order; see `MinitronClient.generate_batch`."""
+        batch = Batch(
+            prompts, chosen_sampling(sampling, options), concurrency=concurrency, on_progress=on_progress
+        )
+
+        async def work() -> None:
+            for index, prompt, chosen in batch:
+                try:
+                    batch.done(index, await self.generate(prompt, sampling=chosen, timeout_s=timeout_s))
+                except MinitronClientError as error:
+                    batch.done(index, error)
+
+        workers = [asyncio.create_task(work()) for _ in range(batch.num_workers)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return batch.results()
+
+    async def metadata(self, model: str | None = None) -> ModelMetadata:
+        """Inputs and outputs that the server lists for a model; asked once for each server."""
+        headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
+        return await self._describe(self._pool.pick(), model or self.model, limit_s, headers)
+
+    async def health(self, *, timeout_s: float | None = None) -> Health:
+        """State of the server and of each model in its repository; see `MinitronClient.health`."""
+        limit_s = checked_seconds(
+            "timeout_s", self.settings.connect_timeout_s if timeout_s is None else timeout_s
+        )
+        return merge_health(
+            await asyncio.gather(*(self._health_of(url, limit_s) for url in self.settings.urls))
+        )
+
+    async def wait_until_ready(self, timeout_s: float) -> Health:
+        """Wait until a server and this client's model are ready; see `MinitronClient.wait_until_ready`."""
+        wait = ReadyWait(self.url, self.model, timeout_s)
+        while True:
+            health = await self.health(timeout_s=min(wait.left_s, self.settings.connect_timeout_s))
+            pause_s = wait.pause_s(health)
+            if pause_s is None:
+                return health
+            await asyncio.sleep(pause_s)
+
+    async def close(self) -> None:
+        """Cancel what runs and close the channels; takes a second at most. May be called twice."""
+        self._is_closed = True
+        for stream in list(self._streams):
+            stream._abandon(ClientClosedError("the client was closed while the request ran"))
+        for task in list(self._asking.values()):
+            task.cancel()
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+        if self._stops:
+            await asyncio.wait(self._stops, timeout=STOP_TIMEOUT_S)
+        for stop in list(self._stops):
+            stop.cancel()
+        await asyncio.gather(*self._stops, return_exceptions=True)
+        connections, self._connections = self._connections, {}
+        for connection in connections.values():
+            await connection.close()
+
+    async def __aenter__(self) -> AsyncMinitronClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _health_of(self, url: str, limit_s: float) -> Health:
+        headers, connection = call_headers(self.settings), self._connection(url)
+        try:
+            live = await connection.ask("ServerLive", limit_s, headers)
+            ready = live and await connection.ask("ServerReady", limit_s, headers)
+            return Health(live, ready, await connection.ask("RepositoryIndex", limit_s, headers))
+        except (ServerConnectionError, UnavailableError) as error:
+            return Health(live=False, ready=False, reason=error.message)
+
+    async def _describe(self, url: str, model: str, limit_s: float, headers: Headers) -> ModelMetadata:
+        key = (url, model)
+        known = self._metadata.get(key)
+        if known is not None and not self._is_closed:
+            return known
+        connection = self._connection(url)
+        task = self._asking.get(key)
+        if task is None:  # one question for all that wait
+            task = asyncio.create_task(connection.describe(model, limit_s, headers))
+            self._asking[key] = task
+            task.add_done_callback(lambda done: self._answered(key, done))
+        await asyncio.wait({task}, timeout=limit_s)
+        if task.cancelled():
+            raise ClientClosedError("the client was closed while it asked for a model's metadata")
+        if not task.done():
+            raise small_call_error("DEADLINE_EXCEEDED", "", url, limit_s)
+        self._metadata[key] = metadata = task.result()
+        return metadata
+
+    def _answered(self, key: tuple[str, str], task: asyncio.Task[ModelMetadata]) -> None:
+        self._asking.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # seen: those who asked may have left
+
+    def _connection(self, url: str) -> AioConnection:
+        loop = asyncio.get_running_loop()
+        if self._is_closed:
+            raise ClientClosedError(f"the client for {self.url} was closed; make a new one")
+        if self._loop is None:
+            self._loop = loop
+        if self._loop is not loop:
+            raise ClientClosedError("the client was first used in another event loop; make one for each loop")
+        if url not in self._connections:
+            from minitron_client._aio import AioConnection
+
+            self._connections[url] = AioConnection(url, self.settings.tls)
+        return self._connections[url]
+
+    async def _open(self, exchange: Exchange) -> AioResponses:
+        """One attempt at a request."""
+        url = exchange.next_url()
+        metadata = await self._describe(url, self.model, exchange.connect_timeout_s, exchange.headers)
+        return await self._connection(url).open(
+            exchange.request(metadata),
+            exchange.left_s(),
+            exchange.headers,
+            timeout_s=exchange.timeout_s,
+            is_streamed=metadata.is_decoupled is not False,
+        )
+
+    def _forget(self, url: str) -> None:
+        self._metadata.pop((url, self.model), None)
+
+    def _send_stop(self, exchange: Exchange) -> None:
+        """Free the slot on the server; nobody waits for the outcome, but `close` does, for a moment."""
+        metadata = self._metadata.get((exchange.url, self.model))
+        request = stop_request(metadata, exchange.request_id) if metadata else None
+        connection = self._connections.get(exchange.url)
+        if request is None or connection is None:
+            return
+        task = asyncio.create_task(_stop(connection, request, exchange.headers))
+        self._stops.add(task)
+        task.add_done_callback(self._stops.discard)
+
+
+class AsyncTextStream:
+    """One running request: an asynchronous iterator of chunks and a context manager.
+
+    Leaving the `async with` block, or `close()`, before the end cancels the request on the server.
+    One task iterates.
+    """
+
+    def __init__(self, client: AsyncMinitronClient, exchange: Exchange) -> None:
+        self.request_id = exchange.request_id
+        self._client, self._exchange = client, exchange
+        self._responses: AioResponses | None = None
+        self._is_started = False
+        self._left = asyncio.Event()
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._exchange.text
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next piece of text.
+
+        Raises:
+            MinitronClientError: the request failed; raised again by every later call.
+        """
+        exchange = self._exchange
+        while True:
+            if exchange.error is not None:
+                raise exchange.error
+            if exchange.has_ended:
+                raise StopAsyncIteration
+            try:
+                if self._responses is None:
+                    self._responses = await self._start()
+                response = await self._responses.read()
+                if response is not None:
+                    chunk = exchange.take(response)
+                    if chunk is not None:
+                        return chunk
+                elif exchange.error is None:
+                    exchange.finish()
+            except MinitronClientError as error:
+                await self._recover(error)
+
+    async def final(self) -> Completion:
+        """Read to the end and give the whole completion; after an early close, what had come.
+
+        Raises:
+            MinitronClientError: the request failed.
+        """
+        async for _ in self:
+            pass
+        return self._exchange.completion()
+
+    async def close(self) -> None:
+        """Cancel the request on the server unless it has ended; may be called twice and waits for nothing."""
+        self._abandon(None)
+
+    async def __aenter__(self) -> AsyncTextStream:
+        """Send the request."""
+        while self._responses is None and not self._exchange.has_ended:
+            try:
+                self._responses = await self._start()
+            except MinitronClientError as error:
+                await self._recover(error)
+                if self._exchange.error is not None:
+                    raise self._exchange.error from None
+            except BaseException:
+                self._abandon(None)
+                raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _start(self) -> AioResponses:
+        if not self._is_started:
+            self._is_started = True
+            self._exchange.start()
+            self._client._streams.add(self)
+        responses = await self._client._open(self._exchange)
+        if self._exchange.has_ended:  # left meanwhile
+            responses.cancel()
+            self._client._send_stop(self._exchange)
+        return responses
+
+    async def _recover(self, error: MinitronClientError) -> None:
+        """Make way for the next attempt, or note the failure."""
+        responses, self._responses = self._responses, None
+        if responses is not None:
+            responses.cancel()
+        if isinstance(error, STALE_METADATA_ERRORS):
+            self._client._forget(self._exchange.url)
+        pause_s = self._exchange.pause_before_retry_s(error)
+        if pause_s is None:
+            if self._exchange.fail(error):
+                self._client._send_stop(self._exchange)
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._left.wait(), pause_s)
+
+    def _abandon(self, error: MinitronClientError | None) -> None:
+        """Leave the request: the caller goes, or the client is closed."""
+        if not self._exchange.cancel():
+            return
+        if error is not None:
+            self._exchange.fail(error)
+        self._left.set()
+        if self._responses is not None:
+            self._responses.cancel()
+            self._client._send_stop(self._exchange)
+
+
+async def _stop(connection: AioConnection, request: InferRequest, headers: Headers) -> None:
+    try:
+        responses = await connection.open(request, STOP_TIMEOUT_S, headers)
+        while await responses.read() is not None:
+            pass
+    except MinitronClientError as error:
+        _log.debug("stop of request %s: %s", request.request_id, error)

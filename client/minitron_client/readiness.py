@@ -1,0 +1,80 @@
+"""What several servers' states come to, and how long a wait for readiness goes on.
+
+It knows `Health` values and seconds. Asking and sleeping are the clients'.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from minitron_client.errors import DeadlineError, NotFoundError
+from minitron_client.results import Health
+from minitron_client.settings import checked_seconds
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.5
+
+
+def merge_health(states: Sequence[Health]) -> Health:
+    """One state for servers that stand in for each other: what any of them can do."""
+    models: dict[str, bool] = {}
+    for state in states:
+        for name, ready in state.models.items():
+            models[name] = models.get(name, False) or ready
+    reason = "; ".join(state.reason for state in states if state.reason)
+    return Health(
+        live=any(state.live for state in states),
+        ready=any(state.ready for state in states),
+        models=models,
+        reason=reason,
+    )
+
+
+class ReadyWait:
+    """One wait until a server and a model are ready.
+
+    Args:
+        url: address, for the errors.
+        model: the model that must be ready.
+        timeout_s: how long to wait at most.
+
+    Raises:
+        InvalidValueError: timeout_s is not a positive finite number.
+    """
+
+    def __init__(self, url: str, model: str, timeout_s: float) -> None:
+        self._url, self._model = url, model
+        self._timeout_s = checked_seconds("timeout_s", timeout_s)
+        self._until_s = time.monotonic() + self._timeout_s
+        self._pause_s = _FIRST_PAUSE_S
+
+    @property
+    def left_s(self) -> float:
+        """Seconds for the next question; never too few to ask it."""
+        return max(self._until_s - time.monotonic(), _FIRST_PAUSE_S)
+
+    def pause_s(self, health: Health) -> float | None:
+        """Seconds to wait before asking again; None when all is ready.
+
+        Raises:
+            DeadlineError: time is up; says what was still missing.
+            NotFoundError: the server is ready and does not have the model.
+        """
+        if health.ready and health.models.get(self._model):
+            return None
+        if health.ready and self._model not in health.models:
+            served = ", ".join(sorted(health.models)) or "none"
+            raise NotFoundError(f"{self._url} has no model {self._model}; it has {served}")
+        if time.monotonic() + self._pause_s > self._until_s:
+            raise DeadlineError(
+                f"{self._url} is not ready after {self._timeout_s:g} s: {_missing(health)}; look at its log"
+            )
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return pause_s
+
+
+def _missing(health: Health) -> str:
+    if not health.live:
+        return health.reason or "the server does not say it is live"
+    waiting = sorted(name for name, ready in health.models.items() if not ready)
+    return f"models not ready: {', '.join(waiting)}" if waiting else "the server does not say it is ready"
