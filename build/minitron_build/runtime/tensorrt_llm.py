@@ -20,6 +20,7 @@ from typing import Any
 
 from . import tensors
 from .acknowledgement import PARAMETER, AckReceiver
+from .metrics import ENGINE_METRICS, REQUEST_METRICS, MetricBook, RequestMeter, TokenMeter
 from .orphan import end_with_parent
 from .parameters import Parameters
 from .reference_engine import EngineLimits, EngineOutput, QueueFullError, ReferenceEngine, RequestError
@@ -37,6 +38,7 @@ class _Sequence:
     """One sequence in the engine; the engine thread fills `pending`, the sender thread owns the rest."""
 
     request: SequenceRequest
+    meter: TokenMeter
     pending: deque[EngineOutput] = field(default_factory=deque)
     held: list[EngineOutput] = field(default_factory=list)
     output_tokens: int = 0
@@ -54,6 +56,7 @@ class _Call:
     request_id: str
     triton_request: Any
     sender: Any
+    meter: RequestMeter
     asked: TokenRequest
     wanted: frozenset[str]
     deadline_s: float | None
@@ -100,6 +103,13 @@ class TritonPythonModel:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._acks = AckReceiver(parameters.model_name)
+        self._metrics = MetricBook(
+            (*REQUEST_METRICS, *ENGINE_METRICS),
+            {"model": parameters.model_name},
+            tensors.make_metric_family,
+            self._collect,
+        )
+        self._metrics.start()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (
@@ -118,7 +128,9 @@ class TritonPythonModel:
             try:
                 self._accept(request, sender)
             except Exception as error:
-                tensors.send_final(sender, tensors.error_response(_as_status(error)))
+                status = _as_status(error)
+                self._metrics.refused(status.status)
+                tensors.send_final(sender, tensors.error_response(status))
 
     def finalize(self) -> None:
         """Close the engine; what is still open is answered with an error."""
@@ -129,8 +141,26 @@ class TritonPythonModel:
         for thread in self._threads:
             thread.join()
         self._acks.close()
+        self._metrics.close()
+
+    def _collect(self, book: MetricBook) -> None:
+        """What the engine is doing, for the metrics."""
+        stats = self._engine.stats()
+        book.count_to("minitron_engine_steps_total", stats.steps)
+        for name, value in (
+            ("minitron_engine_running_requests", stats.running),
+            ("minitron_engine_waiting_requests", stats.waiting),
+            ("minitron_engine_slots", stats.max_running),
+            ("minitron_kv_cache_used_tokens", stats.kv_tokens_used),
+            ("minitron_kv_cache_reserved_tokens", stats.kv_tokens_reserved),
+            ("minitron_kv_cache_capacity_tokens", stats.kv_tokens_capacity),
+            ("minitron_engine_stalled_seconds", stats.stalled_s),
+            ("minitron_engine_up", stats.is_alive),
+        ):
+            book.set(name, value)
 
     def _accept(self, request: Any, sender: Any) -> None:
+        arrived_s = time.monotonic()
         inputs = tensors.read_inputs(request, rows_of=ROWS_OF)
         wanted = frozenset(request.requested_output_names())
         if is_stop(inputs):
@@ -139,15 +169,20 @@ class TritonPythonModel:
             return
         number = next(self._numbers)
         asked = read_token_request(inputs, key=str(number), exclude_input_default=self._exclude_input)
+        meter = RequestMeter(self._metrics, arrived_s)
+        meter.accepted(sum(len(one.generation.input_ids) for one in asked.sequences))
         call = _Call(
             number=number,
             request_id=request.request_id(),
             triton_request=request,
             sender=sender,
+            meter=meter,
             asked=asked,
             wanted=wanted,
             deadline_s=_deadline_s(request),
-            sequences=tuple(_Sequence(sequence) for sequence in asked.sequences),
+            sequences=tuple(
+                _Sequence(sequence, TokenMeter(self._metrics, meter)) for sequence in asked.sequences
+            ),
             remaining=len(asked.sequences),
             is_acknowledged=len(asked.sequences) == 1 and PARAMETER in json.loads(request.parameters()),
         )
@@ -211,14 +246,22 @@ class TritonPythonModel:
         elif reason == "cancelled":
             self._end_cancelled(call)
         else:
+            self._measure(call, sequence, outputs)
             sequence.held.extend(outputs)
             if reason is not None or call.asked.streaming:
                 self._send_held(call, sequence, is_last=reason is not None)
+
+    def _measure(self, call: _Call, sequence: _Sequence, outputs: list[EngineOutput]) -> None:
+        if not (sequence.held or sequence.output_tokens):
+            times = outputs[0].times
+            call.meter.scheduled((times.first_scheduled_ns - times.arrival_ns) / 1e9)
+        sequence.meter.tokens(sum(len(output.token_ids) for output in outputs))
 
     def _end_cancelled(self, call: _Call) -> None:
         if call.ending is not None:
             self._fail(call, call.ending)
             return
+        call.meter.end(CANCELLED)
         self._send(call, empty_arrays(call.wanted), ends_sequence=True)
 
     def _send_held(self, call: _Call, sequence: _Sequence, *, is_last: bool) -> None:
@@ -243,12 +286,14 @@ class TritonPythonModel:
             call.failure = error
         elif not call.closed:
             self._cancel(call)
+            call.meter.end(error.status)
             self._close(call, tensors.error_response(error))
 
     def _close(self, call: _Call, response: Any) -> None:
         """Send the one final response; whatever happens to it, the request is over."""
         with call.lock:
             call.closed = True
+            call.meter.end()
             self._calls.pop(call.number, None)
             if call.is_acknowledged:
                 self._reading.pop(call.request_id, None)

@@ -21,6 +21,7 @@ import numpy as np
 from . import tensors
 from .acknowledgement import PARAMETER, AckSender
 from .inputs import Array
+from .metrics import REQUEST_METRICS, MetricBook, RequestMeter, TokenMeter
 from .orphan import end_with_parent
 from .parameters import Parameters
 from .prompts import PromptEncoder
@@ -60,6 +61,7 @@ class _Stream:
 
     text: TextGeneration
     engine_id: str
+    meter: TokenMeter
     inbox: deque[dict[str, Array] | StatusError | None] = field(default_factory=deque)
     """Responses in order; an error or None is the last thing put in."""
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -77,6 +79,7 @@ class _Call:
     request: Any
     request_id: str
     sender: Any
+    meter: RequestMeter
     asked: TextRequest
     outputs: frozenset[str]
     deadline_s: float | None
@@ -112,6 +115,10 @@ class TritonPythonModel:
         self._calls: set[_Call] = set()
         self._streams: set[_Stream] = set()
         self._watcher: asyncio.Task[None] | None = None
+        self._metrics = MetricBook(
+            REQUEST_METRICS, {"model": parameters.model_name}, tensors.make_metric_family
+        )
+        self._metrics.start()
 
     async def execute(self, requests: list[Any]) -> None:
         """Serve requests until each has had its final response; Triton starts the next ones meanwhile."""
@@ -124,6 +131,7 @@ class TritonPythonModel:
         tensors.drop_finished()
         if self._acks:
             self._acks.close()
+        self._metrics.close()
 
     async def _serve(self, request: Any) -> None:
         sender = request.get_response_sender()
@@ -131,6 +139,7 @@ class TritonPythonModel:
             call = await self._open(request, sender)
         except Exception as error:
             status = tensors.as_status(error, "tensorrt_llm_bls")
+            self._metrics.refused(status.status)
             tensors.send_final(sender, tensors.error_response(status))
             return
         if call is not None:
@@ -138,7 +147,7 @@ class TritonPythonModel:
 
     async def _open(self, request: Any, sender: Any) -> _Call | None:
         """Read a request; None when it was a stop, which is answered at once."""
-        deadline_s = _deadline_s(request)
+        arrived_s, deadline_s = time.monotonic(), _deadline_s(request)
         inputs = tensors.read_inputs(request, rows_of=ROWS_OF)
         if is_stop(inputs):
             self._stop_calls(request.request_id())
@@ -147,14 +156,18 @@ class TritonPythonModel:
         loop = asyncio.get_running_loop()
         asked = await loop.run_in_executor(self._desk_threads, read_text_request, inputs, self._encoder)
         self._check_room(len(asked.sequences))
+        meter = RequestMeter(self._metrics, arrived_s)
+        meter.accepted(sum(sequence.input_tokens for sequence in asked.sequences))
+        meter.scheduled()
         call = _Call(
             request=request,
             request_id=request.request_id(),
             sender=sender,
+            meter=meter,
             asked=asked,
             outputs=_outputs_of(request, asked),
             deadline_s=deadline_s,
-            streams=self._new_streams(asked),
+            streams=self._new_streams(asked, meter),
             remaining=len(asked.sequences),
         )
         self._calls.add(call)
@@ -171,7 +184,7 @@ class TritonPythonModel:
                 f"max_concurrent_requests is {self._max_streams}, try again later",
             )
 
-    def _new_streams(self, asked: TextRequest) -> tuple[_Stream, ...]:
+    def _new_streams(self, asked: TextRequest, meter: RequestMeter) -> tuple[_Stream, ...]:
         with_prompt = not (asked.streaming or asked.exclude_input)
         return tuple(
             _Stream(
@@ -183,6 +196,7 @@ class TritonPythonModel:
                 ),
                 # Never the client's id: ids may repeat, and a stop would then end a stranger's request.
                 engine_id=uuid.uuid4().hex,
+                meter=TokenMeter(self._metrics, meter),
             )
             for sequence in asked.sequences
         )
@@ -219,7 +233,9 @@ class TritonPythonModel:
             if item is None:
                 stream.text.finish("length" if stream.stop_again_s is None else "cancelled")
             else:
+                so_far = stream.text.output_tokens
                 stream.text.feed(item)
+                stream.meter.tokens(stream.text.output_tokens - so_far)
 
     def _send_text(self, call: _Call, stream: _Stream) -> None:
         has_finished = stream.text.finish_reason is not None
@@ -241,11 +257,13 @@ class TritonPythonModel:
     def _fail(self, call: _Call, error: StatusError) -> None:
         if not call.is_closed:
             self._stop_streams(call)
+            call.meter.end(error.status)
             self._close(call, tensors.error_response(error))
 
     def _close(self, call: _Call, response: Any) -> None:
         """Send the one final response; whatever happens to it, the request is over."""
         call.is_closed = True
+        call.meter.end(CANCELLED if _was_stopped(call) else None)
         self._calls.discard(call)
         try:
             tensors.send_final(call.sender, response)
@@ -334,6 +352,10 @@ class TritonPythonModel:
                 tensors.read_response(answer)
         except Exception as error:  # the server is shutting down: the engine runs to its end instead
             tensors.log_warning(f"the engine could not be told to stop {engine_id}: {error}")
+
+
+def _was_stopped(call: _Call) -> bool:
+    return any(stream.text.finish_reason == "cancelled" for stream in call.streams)
 
 
 def _deadline_s(request: Any) -> float | None:

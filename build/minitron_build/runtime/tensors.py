@@ -171,6 +171,18 @@ def as_status(error: BaseException, where: str) -> StatusError:
     )
 
 
+def make_metric_family(name: str, description: str, kind: str) -> Any:
+    """A maker of series of one metric, from their labels; it must outlive them.
+
+    Args:
+        kind: "counter" or "gauge".
+    """
+    family = pb_utils.MetricFamily(
+        name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind.upper())
+    )
+    return lambda labels: family.Metric(labels=dict(labels))
+
+
 def log_error(text: str) -> None:
     """Write to the server's log."""
     for line in _lines(text):

@@ -1,0 +1,109 @@
+"""Prometheus reads from a real server what was asked of it.
+
+Run with: pytest tests/server/test_metrics.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from triton_calls import Channel, message
+
+from minitron_build.runtime.metrics import ENGINE_METRICS, FLUSH_INTERVAL_S, HISTOGRAM, REQUEST_METRICS
+from minitron_build.serving.triton_server import TritonServer
+
+TEXT, TOKENS = "tensorrt_llm_bls", "tensorrt_llm"
+LINE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
+
+
+@pytest_asyncio.fixture
+async def channel(running_server: TritonServer) -> AsyncIterator[Channel]:
+    opened = Channel(running_server.grpc_url)
+    yield opened
+    await opened.close()
+
+
+async def _scrape(server: TritonServer) -> dict[str, float]:
+    """Series -> value, after everything so far has been handed over."""
+    await asyncio.sleep(2 * FLUSH_INTERVAL_S)
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
+        text = answer.read().decode()
+    found = (LINE.match(line) for line in text.splitlines() if line.startswith("minitron_"))
+    return {f"{match['name']}{{{match['labels']}}}": float(match["value"]) for match in found if match}
+
+
+def _change(before: dict[str, float], after: dict[str, float], name: str, model: str, **labels: str) -> float:
+    pairs = sorted({"model": model, **labels}.items())
+    key = name + "{" + ",".join(f'{label}="{value}"' for label, value in pairs) + "}"
+    return after[key] - before[key]
+
+
+async def test_every_metric_is_there(running_server: TritonServer) -> None:
+    names = {series.partition("{")[0] for series in await _scrape(running_server)}
+    for info in (*REQUEST_METRICS, *ENGINE_METRICS):
+        parts = ("_bucket", "_sum", "_count") if info.kind == HISTOGRAM else ("",)
+        assert {f"{info.name}{part}" for part in parts} <= names
+
+
+async def test_completed_requests(running_server: TritonServer, channel: Channel) -> None:
+    before = await _scrape(running_server)
+    answers = await asyncio.gather(
+        *(channel.ask(TEXT, text_input="def f(", max_tokens=20, stream=True) for _ in range(5))
+    )
+    after = await _scrape(running_server)
+    assert all(answers)
+    for model in (TEXT, TOKENS):
+        assert _change(before, after, "minitron_requests_total", model, outcome="completed") == 5
+        assert _change(before, after, "minitron_output_tokens_total", model) == 100
+        assert _change(before, after, "minitron_prompt_tokens_total", model) > 5
+        for name, times in (("queue_time", 5), ("time_to_first_token", 5), ("request_duration", 5)):
+            assert _change(before, after, f"minitron_{name}_seconds_count", model) == times
+            assert _change(before, after, f"minitron_{name}_seconds_bucket", model, le="+Inf") == times
+            assert 0 < _change(before, after, f"minitron_{name}_seconds_sum", model) < 60
+        assert 80 <= _change(before, after, "minitron_inter_token_seconds_count", model) <= 95
+    assert _change(before, after, "minitron_engine_steps_total", TOKENS) >= 20
+
+
+async def test_ends_by_their_outcome(running_server: TritonServer, channel: Channel) -> None:
+    before = await _scrape(running_server)
+    with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
+        await channel.ask(TEXT, text_input="x", max_tokens=0)
+    with pytest.raises(RuntimeError, match="DEADLINE_EXCEEDED"):
+        await channel.ask(TEXT, text_input="x", max_tokens=1000, timeout_us=50_000, end_id=-1)
+    call = channel.open(message(TEXT, {"text_input": "x", "max_tokens": 1000, "stream": True, "end_id": -1}))
+    await call.read()
+    call.cancel()
+    after = await _scrape(running_server)
+    for outcome in ("invalid_argument", "deadline_exceeded", "cancelled"):
+        assert _change(before, after, "minitron_requests_total", TEXT, outcome=outcome) == 1, outcome
+    # What ended above it, the engine sees as stopped.
+    assert _change(before, after, "minitron_requests_total", TOKENS, outcome="cancelled") == 2
+
+
+async def test_gauges_rise_and_return_to_zero(running_server: TritonServer, channel: Channel) -> None:
+    asked = {"text_input": "x", "max_tokens": 1500, "stream": True, "end_id": -1}
+    calls = [channel.open(message(TEXT, asked)) for _ in range(3)]
+    for call in calls:
+        await call.read()
+    busy = await _scrape(running_server)
+    for call in calls:
+        call.cancel()
+    deadline_s = time.monotonic() + 20
+    while (idle := await _scrape(running_server))[f'minitron_running_requests{{model="{TEXT}"}}']:
+        assert time.monotonic() < deadline_s
+    for name in (
+        f'minitron_running_requests{{model="{TEXT}"}}',
+        f'minitron_engine_running_requests{{model="{TOKENS}"}}',
+    ):
+        assert busy[name] == 3, name
+        assert idle[name] == 0, name
+    used = f'minitron_kv_cache_used_tokens{{model="{TOKENS}"}}'
+    assert 0 < busy[used] <= busy[f'minitron_kv_cache_capacity_tokens{{model="{TOKENS}"}}']
+    assert idle[used] == 0
+    assert idle[f'minitron_engine_up{{model="{TOKENS}"}}'] == 1
