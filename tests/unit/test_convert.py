@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_build.checkpoint import convert
+from minitron_build.checkpoint import convert, work_folder
 from minitron_build.checkpoint.convert import convert_checkpoint, round_to_bf16
 from minitron_build.checkpoint.trtllm_checkpoint import TrtllmCheckpoint
 from minitron_build.checkpoint.weight_map import Mapping, check_mapping, rank_tensors
@@ -191,7 +191,7 @@ def test_changed_rank_file_is_noticed(tiny_minitron: Path, tmp_path: Path) -> No
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from minitron_build.checkpoint import convert
+from minitron_build.checkpoint import convert, work_folder
 convert.JOURNAL_EVERY_BYTES = 100_000
 convert.CHUNK_BYTES = 16_384
 seen = 0
@@ -284,7 +284,7 @@ def test_too_little_disk_is_refused_before_work(
     tiny_minitron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(MachineError, match=r"0.0 GB free; expected 0.1 GB for 1 rank file"):
         convert_checkpoint(tiny_minitron, tmp_path / "out")
 

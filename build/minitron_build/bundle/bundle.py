@@ -16,8 +16,8 @@ from pathlib import Path
 
 from minitron_build import __version__
 from minitron_build.bundle.manifest import MANIFEST_NAME, Manifest, digest_file
-from minitron_build.checkpoint.convert import write_durably
 from minitron_build.checkpoint.trtllm_checkpoint import FileDigest, TrtllmCheckpoint
+from minitron_build.checkpoint.work_folder import write_durably
 from minitron_build.engine.engine_record import EngineRecord
 from minitron_build.errors import CheckpointError
 from minitron_build.planning.plan import BuildPlan

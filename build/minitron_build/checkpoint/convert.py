@@ -12,16 +12,13 @@ nothing of GPUs, and imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,10 +36,19 @@ from minitron_build.checkpoint.trtllm_checkpoint import (
     rank_name,
 )
 from minitron_build.checkpoint.weight_map import Mapping, RankTensor, rank_tensors
-from minitron_build.errors import CheckpointError, MachineError, StageError
+from minitron_build.checkpoint.work_folder import (
+    check_disk,
+    finished_checkpoint,
+    publish,
+    stage_error,
+    work_dir_of,
+    work_folder,
+    write_durably,
+)
+from minitron_build.errors import CheckpointError
 from minitron_build.source.hf_checkpoint import HfCheckpoint
 from minitron_build.source.model_config import read_json_object
-from minitron_build.source.safetensors_file import ITEM_BYTES, TensorInfo, layout_header
+from minitron_build.source.safetensors_file import ITEM_BYTES, TensorInfo, layout_header, read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,18 +131,18 @@ def convert_checkpoint(
         StageError: writing failed; output_dir does not exist, and a rerun resumes.
     """
     plan = plan_conversion(hf_dir, Mapping(tp_size, pp_size))
-    finished = _finished_checkpoint(plan, output_dir, force)
+    finished = finished_checkpoint(plan.digest, output_dir, force)
     if finished:
         return finished
-    work_dir = output_dir.with_name(output_dir.name + ".partial")
-    with _work_folder(work_dir) as resumed:
+    work_dir = work_dir_of(output_dir)
+    with work_folder(work_dir) as resumed:
         done = _durable_steps(plan, work_dir) if resumed else Journal(0, ())
-        _check_disk(plan, work_dir)
+        check_disk(work_dir, sum(plan.rank_bytes), f"{plan.mapping.world_size} rank file(s)")
         try:
             _run(plan, work_dir, done, progress or (lambda num_bytes: None))
             publish(work_dir, output_dir)
         except OSError as error:
-            raise _stage_error(error, work_dir) from error
+            raise stage_error(error, work_dir) from error
     return TrtllmCheckpoint.load(output_dir)
 
 
@@ -202,51 +208,9 @@ def _target(tensor: RankTensor, index: int) -> Target:
 
 
 def _plan_digest(source: HfCheckpoint, mapping: Mapping) -> str:
-    """Changes whenever the finished bytes could: shard identity stands for content until it is hashed."""
-    shards = [
-        (shard.path.name, shard.file_bytes, shard.path.stat().st_mtime_ns, shard.tensors)
-        for shard in source.shards
-    ]
-    config = (source.path / "config.json").read_bytes()
-    identity = (__version__, OUTPUT_DTYPE, mapping, shards, hashlib.sha256(config).hexdigest())
+    """Changes whenever the finished bytes could."""
+    identity = (__version__, OUTPUT_DTYPE, mapping, source.identity())
     return hashlib.sha256(repr(identity).encode()).hexdigest()
-
-
-def _finished_checkpoint(plan: ConversionPlan, output_dir: Path, force: bool) -> TrtllmCheckpoint | None:
-    """A finished checkpoint of this very plan; refuses to overwrite anything else without `force`."""
-    if force or not output_dir.exists():
-        return None
-    if (output_dir / CONVERSION_NAME).is_file():
-        checkpoint = TrtllmCheckpoint.load(output_dir)
-        if checkpoint.plan_digest == plan.digest:
-            return checkpoint
-        found = "a checkpoint of another source, mapping or toolkit version"
-    else:
-        found = "something that is not a checkpoint of this toolkit"
-    raise CheckpointError(
-        f"exists and holds {found}",
-        where=str(output_dir),
-        todo="give another folder, or --force to replace it",
-    )
-
-
-@contextmanager
-def _work_folder(work_dir: Path) -> Iterator[bool]:
-    """The locked folder of unfinished work; yields whether there was one already."""
-    resumed = work_dir.is_dir()
-    work_dir.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise MachineError(
-            "another conversion is writing here", where=str(work_dir), todo="wait for it or stop it"
-        ) from None
-    try:
-        yield resumed
-    finally:
-        os.close(lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,19 +240,6 @@ def _durable_steps(plan: ConversionPlan, work_dir: Path) -> Journal:
     return journal if raw.get("plan_digest") == plan.digest and is_whole else nothing
 
 
-def _check_disk(plan: ConversionPlan, work_dir: Path) -> None:
-    present = sum(file.stat().st_size for file in work_dir.glob("rank*.safetensors"))
-    needed = sum(plan.rank_bytes) - present + (64 << 20)
-    free = shutil.disk_usage(work_dir).free
-    if free < needed:
-        raise MachineError(
-            f"{free / 1e9:.1f} GB free",
-            expected=f"{needed / 1e9:.1f} GB for {plan.mapping.world_size} rank file(s)",
-            where=str(work_dir.parent),
-            todo="free some space, or give an output folder on another disk",
-        )
-
-
 def _run(plan: ConversionPlan, work_dir: Path, done: Journal, progress: Progress) -> None:
     """Stream every step, then write the small files. What `done` covers is hashed but not written again."""
     with ExitStack() as stack:
@@ -300,7 +251,7 @@ def _run(plan: ConversionPlan, work_dir: Path, done: Journal, progress: Progress
         for index, step in enumerate(plan.steps):
             if step.shard != shard_index and step.is_first_pass:
                 shard_index = step.shard
-                header = _read(shards[shard_index], 0, plan.source.shards[shard_index].header_bytes)
+                header = read_bytes(shards[shard_index], 0, plan.source.shards[shard_index].header_bytes)
                 pipeline.hash_source(shard_index, header)
                 progress(header.nbytes)
             for chunk, first_row in _read_chunks(shards[step.shard], step.tensor):
@@ -317,20 +268,6 @@ def _run(plan: ConversionPlan, work_dir: Path, done: Journal, progress: Progress
     _write_records(plan, work_dir, sources, ranks)
 
 
-def _read(descriptor: int, offset: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Bytes of a file as uint8 [num_bytes]."""
-    import numpy as np
-
-    buffer = np.empty(num_bytes, dtype=np.uint8)
-    done = 0
-    while done < num_bytes:
-        count = os.preadv(descriptor, [buffer.data[done:]], offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, "the source became shorter while it was read")
-        done += count
-    return buffer
-
-
 def _read_chunks(
     descriptor: int, tensor: TensorInfo
 ) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.uint8]], int]]:
@@ -342,7 +279,7 @@ def _read_chunks(
     step = max(1, CHUNK_BYTES // row_bytes)
     for row in range(0, num_rows, step):
         count = min(step, num_rows - row)
-        yield _read(descriptor, tensor.start + row * row_bytes, count * row_bytes), row
+        yield read_bytes(descriptor, tensor.start + row * row_bytes, count * row_bytes), row
 
 
 def _drop_pages_behind(descriptor: int, step: Step) -> None:
@@ -396,7 +333,7 @@ class Pipeline:
             start = max(target.rows[0] - first_row, 0)
             stop = min(target.rows[1] - first_row, len(rows))
             if start < stop:
-                self._append(target.rank, _cut(rows, start, stop, target.columns).data)
+                self._append(target.rank, cut(rows, start, stop, target.columns).data)
 
     def pad(self, step: Step) -> None:
         """Append the zero rows that follow a finished part (vocabulary padding)."""
@@ -504,7 +441,7 @@ def round_to_bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.u
     return rounded
 
 
-def _cut(
+def cut(
     rows: np.ndarray[Any, Any], start: int, stop: int, columns: tuple[int, int] | None
 ) -> np.ndarray[Any, Any]:
     """Rows [start, stop) and their columns, contiguous; a view where the rows are whole."""
@@ -524,47 +461,12 @@ def _write_records(
     write_durably(work_dir / "config.json", config)
     files = {
         **ranks,
-        "config.json": FileDigest(hashlib.sha256(config.encode()).hexdigest(), len(config.encode())),
+        "config.json": FileDigest.of_bytes(config.encode()),
     }
-    source_config = (plan.source.path / "config.json").read_bytes()
+    source_config = FileDigest.of_bytes((plan.source.path / "config.json").read_bytes())
     sources = {
         **sources,
-        "config.json": FileDigest(hashlib.sha256(source_config).hexdigest(), len(source_config)),
+        "config.json": source_config,
     }
     write_durably(work_dir / CONVERSION_NAME, dump_conversion(plan.digest, sources, files))
     (work_dir / JOURNAL_NAME).unlink(missing_ok=True)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def publish(work_dir: Path, output_dir: Path) -> None:
-    """Give finished work its name; what stood there before is replaced."""
-    if output_dir.exists():
-        old = output_dir.with_name(output_dir.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        output_dir.rename(old)
-        work_dir.rename(output_dir)
-        shutil.rmtree(old)
-    else:
-        work_dir.rename(output_dir)
-    parent = os.open(output_dir.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
-
-
-def _stage_error(error: OSError, work_dir: Path) -> StageError:
-    if error.errno == errno.ENOSPC:
-        return StageError(
-            f"{work_dir.parent}: the disk is full; free some space and run the same command again: it resumes"
-        )
-    return StageError(f"{work_dir}: {error.strerror or error}; run the same command again: it resumes")

@@ -7,8 +7,10 @@ file. It knows nothing of how ranks are filled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from minitron_build.source.model_config import ARCHITECTURE, ModelConfig, read_j
 
 CONVERSION_NAME = "conversion.json"
 CONVERSION_SCHEMA = 1
+MODELOPT_VERSION = "0.47.0"
+"""The release whose FP8 export this toolkit reproduces, byte for byte."""
 
 
 def rank_name(rank: int) -> str:
@@ -72,6 +76,56 @@ def checkpoint_config(config: ModelConfig, mapping: Mapping, *, dtype: str = "bf
         "qk_layernorm": False,
         "rotary_embedding_dim": config.head_dim,
         "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+def fp8_checkpoint_config(
+    config: ModelConfig, mapping: Mapping, *, has_fp8_kv: bool, exclude_modules: Sequence[str]
+) -> dict[str, Any]:
+    """`config.json` of an FP8 checkpoint, key for key what NVIDIA ModelOpt writes.
+
+    `producer` says whose format it is; logits are float16; `rank` is the last one's, which writes the file.
+    """
+    rope: dict[str, Any] = {"rotary_base": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope["rotary_scaling"] = dict(config.rope_scaling)
+    return {
+        "producer": {"name": "modelopt", "version": MODELOPT_VERSION},
+        "architecture": ARCHITECTURE,
+        "dtype": "bfloat16",
+        "logits_dtype": "float16",
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "hidden_size": config.hidden_size,
+        "norm_epsilon": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_act": "silu",
+        "use_parallel_embedding": True,
+        "embedding_sharding_dim": 0,
+        "head_size": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "position_embedding_type": "rope_gpt_neox",
+        "share_embedding_table": False,
+        "residual_mlp": False,
+        "bias": False,
+        "rotary_pct": 1.0,
+        "rank": mapping.world_size - 1,
+        "decoder": "llama",
+        "rmsnorm": True,
+        "lm_head_bias": False,
+        **rope,
+        "mapping": {
+            "world_size": mapping.world_size,
+            "tp_size": mapping.tp_size,
+            "pp_size": mapping.pp_size,
+        },
+        "quantization": {
+            "quant_algo": "FP8",
+            "kv_cache_quant_algo": "FP8" if has_fp8_kv else None,
+            "exclude_modules": list(exclude_modules),
+        },
     }
 
 
@@ -134,6 +188,11 @@ class FileDigest:
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {"sha256": self.sha256, "size_bytes": self.size_bytes}
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> FileDigest:
+        """Of a small file's content."""
+        return cls(hashlib.sha256(data).hexdigest(), len(data))
 
     @classmethod
     def from_dict(cls, raw: MappingType[str, Any]) -> FileDigest:

@@ -186,6 +186,15 @@ def hf_ignored(config: ModelConfig) -> set[str]:
     return {name for template in templates for name in _expand(template, range(config.num_hidden_layers))}
 
 
+def split_layer_name(name: str) -> tuple[int | None, str]:
+    """(layer, name within it) of an HF tensor or module; (None, name) of what is outside the layers."""
+    prefix, _ = LAYER.split("{}")
+    if not name.startswith(prefix):
+        return None, name
+    layer, _, rest = name[len(prefix) :].partition(".")
+    return int(layer), rest
+
+
 def rank_tensors(
     config: ModelConfig, mapping: Mapping, *, shard_embedding: bool = False
 ) -> Iterator[RankTensor]:

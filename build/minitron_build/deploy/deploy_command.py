@@ -98,7 +98,7 @@ def write_chart_dir(deployment: Deployment, output_dir: Path) -> None:
 
 def write_compose_file(deployment: Deployment, bundle: Bundle, output: Path) -> None:
     """Write a Compose file that is there whole or not at all."""
-    from minitron_build.checkpoint.convert import write_durably
+    from minitron_build.checkpoint.work_folder import write_durably
     from minitron_build.deploy.deploy_compose import compose_text
 
     text = compose_text(deployment, bundle.path, output.parent)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_build.checkpoint.contract import check_tensors
-from minitron_build.checkpoint.convert import publish, write_durably
+from minitron_build.checkpoint.work_folder import publish, write_durably
 from minitron_build.engine.engine_config import EngineConfig
 from minitron_build.engine.engine_errors import explain_failure
 from minitron_build.engine.engine_file import read_tensorrt_version

@@ -6,6 +6,7 @@ is whole. It reads headers only, never weights, and knows nothing of TensorRT-LL
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,14 @@ class HfCheckpoint:
         _check_tensors(config, tensors, hf_dir)
         wanted = hf_tensors(config)
         return cls(hf_dir, config, shards, {name: tensors[name] for name in wanted})
+
+    def identity(self) -> tuple[object, ...]:
+        """Changes whenever weights or config could have: stands for their content until it is hashed."""
+        shards = [
+            (shard.path.name, shard.file_bytes, shard.path.stat().st_mtime_ns, shard.tensors)
+            for shard in self.shards
+        ]
+        return tuple(shards), hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:

@@ -7,14 +7,20 @@ conversion streams: it never maps a file and never holds a tensor. It knows noth
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from minitron_build.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ITEM_BYTES = {
     "BF16": 2,
@@ -101,6 +107,20 @@ def layout_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts 8-byte aligned, as the reference implementation writes it
     return struct.pack("<Q", len(text)) + text
+
+
+def read_bytes(descriptor: int, offset: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Bytes of a file as uint8 [num_bytes]."""
+    import numpy as np
+
+    buffer = np.empty(num_bytes, dtype=np.uint8)
+    done = 0
+    while done < num_bytes:
+        count = os.preadv(descriptor, [buffer.data[done:]], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "the source became shorter while it was read")
+        done += count
+    return buffer
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:

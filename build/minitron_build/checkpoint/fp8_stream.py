@@ -1,0 +1,267 @@
+"""Calibrate and quantise a model with one decoder layer in memory, resumable after each layer.
+
+The main thread takes the calibration set through a layer and quantises its weights. Beside it, one thread
+reads the next layer, one writes and makes durable what is finished, one hashes the source and copies what is
+never quantised. What goes into which file is the target's; this knows order, threads and the journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from minitron_build.calibration.amax import Calibration, LayerAmax, read_layer_amax
+from minitron_build.calibration.samples import CalibrationSet
+from minitron_build.checkpoint.convert import CHUNK_BYTES, as_bf16_rows
+from minitron_build.checkpoint.fp8_tensors import CopiedRows, Piece
+from minitron_build.checkpoint.planned_file import Layout, PlannedFile
+from minitron_build.checkpoint.trtllm_checkpoint import FileDigest
+from minitron_build.checkpoint.weight_map import split_layer_name
+from minitron_build.checkpoint.work_folder import write_durably
+from minitron_build.errors import CheckpointError
+from minitron_build.source.hf_checkpoint import HfCheckpoint
+from minitron_build.source.model_config import read_json_object
+from minitron_build.source.safetensors_file import ITEM_BYTES, SafetensorsHeader, TensorInfo, read_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+JOURNAL_NAME = "journal.json"
+HIDDEN_NAME = "hidden{}.bin"
+"""Hidden states of the calibration set; two files take turns, so that one is always whole."""
+
+Progress = Callable[[int], None]
+"""Called with the number of tokens that just went through a layer."""
+
+
+class Fp8Target(Protocol):
+    """What files there are and what they hold."""
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of each file."""
+
+    def copies(self) -> Iterator[CopiedRows]:
+        """Tensors outside the decoder layers."""
+
+    def layer_pieces(self, layer: int, weights: Mapping[str, Tensor], amax: LayerAmax) -> Iterator[Piece]:
+        """All bytes of a decoder layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Job:
+    """One run.
+
+    Attributes:
+        file_names: of the target's files.
+        data: what to calibrate with; None with `recorded`.
+        recorded: an earlier calibration of the same source, instead of a new one.
+        digest: changes whenever the finished bytes could.
+    """
+
+    source: HfCheckpoint
+    target: Fp8Target
+    file_names: tuple[str, ...]
+    digest: str
+    data: CalibrationSet | None = None
+    recorded: Calibration | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.source.config.num_hidden_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Result:
+    """What a finished run gives: digests by file name, and the ranges of every layer."""
+
+    sources: dict[str, FileDigest]
+    files: dict[str, FileDigest]
+    layers: tuple[LayerAmax, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Journal:
+    """Layers that are on the disk for certain, with their ranges."""
+
+    layers: tuple[LayerAmax, ...] = ()
+
+
+def run_fp8(job: Fp8Job, work_dir: Path, *, is_resumed: bool, progress: Progress) -> Fp8Result:
+    """Write the target's files into `work_dir`; a killed run is taken up after its last durable layer.
+
+    Raises:
+        CheckpointError: ranges that cannot be scaled.
+        OSError: reading or writing failed; what is durable stays.
+    """
+    journal = _read_journal(job, work_dir) if is_resumed else _Journal()
+    layers = list(journal.layers)
+    with ExitStack() as stack:
+        files = _open_files(job, work_dir, stack, is_resumed=bool(layers))
+        chores, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        sources = chores.submit(_hash_and_copy, job, files)
+        forward = _Forward(job, work_dir, layers)
+        written: Future[None] | None = None
+        for index, weights in _read_layers(job.source, len(layers), stack):
+            amax = forward.layer(index, weights, progress)
+            pieces = list(job.target.layer_pieces(index, weights, amax))
+            if written is not None:
+                written.result()
+            layers.append(amax)
+            states = forward.save(len(layers))
+            written = writer.submit(_write_layer, job, files, pieces, states, work_dir, tuple(layers))
+        if written is not None:
+            written.result()
+        digests = sources.result()
+        for file in files:
+            file.sync()
+        return Fp8Result(digests, {file.path.name: file.digest() for file in files}, tuple(layers))
+
+
+def remove_leavings(work_dir: Path) -> None:
+    """Journal and hidden states, when the files are whole."""
+    for name in (JOURNAL_NAME, *(HIDDEN_NAME.format(index) for index in range(2))):
+        (work_dir / name).unlink(missing_ok=True)
+
+
+class _Forward:
+    """Ranges of each layer: computed, or as they were recorded."""
+
+    def __init__(self, job: Fp8Job, work_dir: Path, done: Sequence[LayerAmax]) -> None:
+        self._job, self._work_dir, self._forward = job, work_dir, None
+        if job.data is None:
+            return
+        from minitron_build.calibration.forward import CalibrationForward, calibration_device
+
+        self._forward = CalibrationForward(job.source, job.data.samples, calibration_device())
+        if not done:
+            self._forward.start()
+        elif len(done) < job.num_layers:
+            self._forward.restore(work_dir / HIDDEN_NAME.format(len(done) % 2))
+
+    def layer(self, index: int, weights: Mapping[str, Tensor], progress: Progress) -> LayerAmax:
+        """Checked ranges of a layer."""
+        if self._forward is not None:
+            amax = self._forward.layer(weights, progress)
+        elif self._job.recorded is not None:
+            amax = self._job.recorded.layers[index]
+        else:
+            raise ValueError("neither a calibration set nor a recorded calibration")
+        amax.check(index)
+        return amax
+
+    def save(self, num_layers: int) -> int | None:
+        """Hidden states behind the first `num_layers`, not yet durable: an open descriptor."""
+        if self._forward is None or num_layers == self._job.num_layers:
+            return None
+        return self._forward.save(self._work_dir / HIDDEN_NAME.format(num_layers % 2))
+
+
+def _open_files(job: Fp8Job, work_dir: Path, stack: ExitStack, *, is_resumed: bool) -> list[PlannedFile]:
+    files = []
+    for name, layout in zip(job.file_names, job.target.layouts(), strict=True):
+        files.append(PlannedFile(work_dir / name, layout, is_resumed=is_resumed))
+        stack.callback(files[-1].close)
+    return files
+
+
+def _read_journal(job: Fp8Job, work_dir: Path) -> _Journal:
+    """Of an interrupted run of the same job; nothing if it was another's or its files are gone."""
+    try:
+        raw = read_json_object(work_dir / JOURNAL_NAME)
+        layers = tuple(read_layer_amax(layer) for layer in raw["layers"])
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+        return _Journal()
+    is_there = all((work_dir / name).is_file() for name in job.file_names)
+    return _Journal(layers) if raw.get("digest") == job.digest and is_there else _Journal()
+
+
+def _write_layer(
+    job: Fp8Job,
+    files: Sequence[PlannedFile],
+    pieces: Sequence[Piece],
+    states: int | None,
+    work_dir: Path,
+    layers: tuple[LayerAmax, ...],
+) -> None:
+    """Write a layer, wait until it and the hidden states behind it are durable, then say so."""
+    for piece in pieces:
+        files[piece.file].write(piece.name, piece.data, piece.offset_bytes)
+    for file in files:
+        file.sync()
+    if states is not None:
+        os.fdatasync(states)
+        os.close(states)
+    record = {"digest": job.digest, "layers": [dict(layer.sites) for layer in layers]}
+    write_durably(work_dir / JOURNAL_NAME, json.dumps(record))
+
+
+def _read_layers(
+    source: HfCheckpoint, first: int, stack: ExitStack
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(layer, its tensors by name within it, bf16), the next one being read meanwhile."""
+    descriptors = {shard.path: os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) for shard in source.shards}
+    for descriptor in descriptors.values():
+        stack.callback(os.close, descriptor)
+    reader = stack.enter_context(ThreadPoolExecutor(1))
+    by_layer: dict[int, dict[str, tuple[int, TensorInfo]]] = {}
+    for name, (shard, info) in source.tensors.items():
+        layer, rest = split_layer_name(name)
+        if layer is not None:
+            by_layer.setdefault(layer, {})[rest] = (descriptors[shard.path], info)
+    num_layers = source.config.num_hidden_layers
+    ahead = reader.submit(_read_layer, by_layer[first]) if first < num_layers else None
+    for layer in range(first, num_layers):
+        assert ahead is not None
+        weights = ahead.result()
+        ahead = reader.submit(_read_layer, by_layer[layer + 1]) if layer + 1 < num_layers else None
+        yield layer, weights
+
+
+def _read_layer(tensors: Mapping[str, tuple[int, TensorInfo]]) -> dict[str, Tensor]:
+    """A layer's tensors; their pages in the cache are given back."""
+    from minitron_build.calibration.forward import read_tensor
+
+    weights = {}
+    for name, (descriptor, info) in tensors.items():
+        weights[name] = read_tensor(descriptor, info)
+        os.posix_fadvise(descriptor, info.start, info.num_bytes, os.POSIX_FADV_DONTNEED)
+    return weights
+
+
+def _hash_and_copy(job: Fp8Job, files: Sequence[PlannedFile]) -> dict[str, FileDigest]:
+    """Digest of every source file, and the tensors that are never quantised."""
+    digests = {shard.path.name: _hash_shard(shard) for shard in job.source.shards}
+    for copy in job.target.copies():
+        _copy_rows(job.source, copy, files[copy.file])
+    return digests
+
+
+def _hash_shard(shard: SafetensorsHeader) -> FileDigest:
+    """sha256 of a source file. Its pages stay cached: the layers are read from there."""
+    digest = hashlib.sha256()
+    with shard.path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return FileDigest(digest.hexdigest(), shard.file_bytes)
+
+
+def _copy_rows(source: HfCheckpoint, copy: CopiedRows, file: PlannedFile) -> None:
+    """Rows of a source tensor to their place, in bf16, in chunks."""
+    shard, info = source.tensors[copy.source]
+    row_bytes = info.num_bytes // info.shape[0]
+    bf16_row_bytes = row_bytes // ITEM_BYTES[info.dtype] * ITEM_BYTES["BF16"]
+    step = max(1, CHUNK_BYTES // row_bytes)
+    with shard.path.open("rb", buffering=0) as shard_file:
+        for row in range(*copy.rows, step):
+            count = min(step, copy.rows[1] - row)
+            chunk = read_bytes(shard_file.fileno(), info.start + row * row_bytes, count * row_bytes)
+            bits = as_bf16_rows(chunk, info)
+            file.write(copy.name, bits.data, (row - copy.rows[0]) * bf16_row_bytes)
