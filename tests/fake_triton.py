@@ -243,6 +243,10 @@ class AwaitedStream:
     def text(self) -> str:
         return self._stream.text
 
+    @property
+    def usage(self) -> Any:
+        return self._stream.usage
+
     def __iter__(self) -> AwaitedStream:
         return self
 

@@ -31,7 +31,7 @@ from minitron_client.exchange import (
     chosen_sampling,
 )
 from minitron_client.readiness import ReadyWait, merge_health
-from minitron_client.results import Chunk, Completion, Health
+from minitron_client.results import Chunk, Completion, Health, Usage
 from minitron_client.sampling import SamplingParams
 from minitron_client.settings import (
     DEFAULT_CONNECT_TIMEOUT_S,
@@ -311,6 +311,11 @@ class AsyncTextStream:
     def text(self) -> str:
         """The text so far."""
         return self._exchange.text
+
+    @property
+    def usage(self) -> Usage:
+        """The token counts so far: with each chunk, where the server counts along; else None."""
+        return self._exchange.usage
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self

@@ -25,7 +25,7 @@ from minitron_client.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from minitron_client.results import Chunk, Completion, Timings
+from minitron_client.results import Chunk, Completion, Timings, Usage
 from minitron_client.retries import RetryPolicy
 from minitron_client.sampling import SamplingParams
 from minitron_client.settings import ClientSettings, checked_headers, checked_seconds
@@ -91,6 +91,11 @@ class Exchange:
     def text(self) -> str:
         """The text so far."""
         return self._builder.text
+
+    @property
+    def usage(self) -> Usage:
+        """The token counts so far."""
+        return self._builder.usage
 
     @property
     def has_ended(self) -> bool:

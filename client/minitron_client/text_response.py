@@ -34,6 +34,11 @@ class CompletionBuilder:
         """The text so far."""
         return "".join(chunk.text for chunk in self._chunks)
 
+    @property
+    def usage(self) -> Usage:
+        """The token counts so far, where the server gives them along the way."""
+        return Usage(self._input_tokens, self._output_tokens)
+
     def add(self, response: InferResponse) -> Chunk | None:
         """Take one response; None where it holds nothing new, as a bare final response does.
 
@@ -61,7 +66,7 @@ class CompletionBuilder:
         return Completion(
             text=self.text,
             finish_reason=self._finish_reason,
-            usage=Usage(self._input_tokens, self._output_tokens),
+            usage=self.usage,
             timings=timings,
             request_id=request_id,
             token_ids=ids if self.sampling.return_output_ids else None,

@@ -142,6 +142,7 @@ def test_a_stream_ends_whichever_way_the_server_marks_it(
         assert [chunk.text for chunk in stream] == ["a", "b"]
         assert list(stream) == []
         assert stream.final().text == stream.text == "ab"
+        assert stream.final().usage == stream.usage
     assert fake.stopped_ids == []
     assert fake.saw_end_of_requests.wait(5)  # half-closed, and read to the end of the RPC
 

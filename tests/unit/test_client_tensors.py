@@ -160,7 +160,9 @@ def test_responses_become_chunks_and_one_completion() -> None:
         output("text_output", ""), output("output_ids", 9), output("output_log_probs", -1.0),
         output("num_output_tokens", 3), output("finish_reason", "stop"), is_final=True,
     )  # fmt: skip
+    assert builder.usage == Usage(None, None)
     assert builder.add(first) == Chunk("ab", (1, 2), None, (-0.5, -0.25))
+    assert builder.usage == Usage(3, 2)
     assert builder.add(last) == Chunk("", (9,), "stop", (-1.0,))
     assert builder.add(response(is_final=True)) is None
     completion = builder.completion(Timings(2.0, 1.0), "r1")
