@@ -182,7 +182,7 @@ async def test_ids_and_log_probs_belong_to_the_text_beside_them(
 
 async def test_outputs_nobody_asked_for_are_not_sent(channel: Channel) -> None:
     (answer,) = await channel.ask("tensorrt_llm_bls", text_input=PROMPT, max_tokens=3)
-    assert set(answer) == {"text_output", "finish_reason", "batch_index", "sequence_index"}
+    assert set(answer) == {"text_output", "finish_reason"}
     flags = {"return_perf_metrics": True, "return_context_logits": True, "return_generation_logits": True}
     (answer,) = await channel.ask("tensorrt_llm_bls", text_input="abc", max_tokens=3, **flags)
     assert answer["generation_logits"].shape == (1, 1, 3, 512)
@@ -277,6 +277,8 @@ RAW_LONG = {
     "temperature": 1.0,
     "runtime_top_k": 200,
 }
+STREAMS = [("tensorrt_llm_bls", LONG), ("ensemble", LONG), ("tensorrt_llm", RAW_LONG)]
+MODELS = [model for model, _ in STREAMS]
 RAW_STOP = {"input_ids": [[1]], "input_lengths": 1, "request_output_len": 1, "stop": True}
 TEXT_STOP = {"text_input": "x", "max_tokens": 1, "stop": True}
 
@@ -287,9 +289,7 @@ async def first_token_s(channel: Channel) -> float:
     return time.monotonic() - begun_s
 
 
-@pytest.mark.parametrize(
-    ("model", "inputs"), [("tensorrt_llm_bls", LONG), ("tensorrt_llm", RAW_LONG)], ids=["bls", "raw"]
-)
+@pytest.mark.parametrize(("model", "inputs"), STREAMS, ids=MODELS)
 async def test_cancelling_32_streams_frees_every_slot(
     channel: Channel, model: str, inputs: dict[str, Any]
 ) -> None:
@@ -343,9 +343,7 @@ async def test_requests_with_the_same_id_do_not_meet(channel: Channel, expected:
     assert texts == [expected(seed=seed, **LIVELY) for seed in range(8)]
 
 
-@pytest.mark.parametrize(
-    ("model", "inputs"), [("tensorrt_llm_bls", LONG), ("tensorrt_llm", RAW_LONG)], ids=["bls", "raw"]
-)
+@pytest.mark.parametrize(("model", "inputs"), STREAMS, ids=MODELS)
 async def test_the_requests_own_timeout_ends_it(channel: Channel, model: str, inputs: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=r"^DEADLINE_EXCEEDED: the request's own timeout has passed$"):
         await channel.ask(model, timeout_us=150_000, **inputs)

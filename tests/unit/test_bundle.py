@@ -13,7 +13,7 @@ from minitron_build.bundle.bundle import Bundle
 from minitron_build.bundle.manifest import digest_file
 from minitron_build.errors import CheckpointError
 from minitron_build.planning.plan import PlanRequest
-from minitron_build.repository.model_repo import PYTHON_MODELS
+from minitron_build.repository.model_repo import MODELS
 from minitron_build.repository.pbtxt import get_parameters, read_config
 from minitron_build.source.hub import Source, resolve_checkpoint
 
@@ -59,7 +59,7 @@ def test_nothing_names_this_machine(bundle: Bundle, tiny_minitron: Path) -> None
 
 
 def test_models_carry_what_they_need(bundle: Bundle) -> None:
-    for model in PYTHON_MODELS:
+    for model in MODELS:
         assert (bundle.model_repo / model / "1" / "model.py").is_file()
         assert (bundle.model_repo / model / "1" / "minitron_runtime" / "__init__.py").is_file()
     assert (bundle.model_repo / "preprocessing" / "1" / "tokenizer.json").is_file()

@@ -290,6 +290,7 @@ def test_a_bundle_is_clean_and_what_is_lost_from_it_is_named(own: Path) -> None:
     change(own, "tensorrt_llm_bls", "../preprocessing/1", "../elsewhere")
     lines = [re.sub(r":\d+:", ":", line.removeprefix("error: ")) for line in found(own)]
     assert lines == [
+        "ensemble/config.pbtxt: tokenizer_dir: ../preprocessing/1: has no tokenizer.json",
         "postprocessing/1: minitron_runtime: is missing; build it again",
         "postprocessing/config.pbtxt: tokenizer_dir: ../preprocessing/1: has no tokenizer.json",
         "preprocessing/config.pbtxt: tokenizer_dir: ../preprocessing/1: has no tokenizer.json",

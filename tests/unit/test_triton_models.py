@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minitron_build.repository import pbtxt
-from minitron_build.runtime.acknowledgement import AckReceiver, AckSender
+from minitron_build.runtime.engine_step import EngineStep
 from minitron_build.runtime.inputs import Inputs
 from minitron_build.runtime.parameters import ParameterError, Parameters
 from minitron_build.runtime.prompts import PromptEncoder
@@ -48,8 +48,7 @@ def test_the_repository_holds_the_five_models_and_nothing_else() -> None:
     assert sorted(path.name for path in MODEL_REPO.iterdir()) == sorted(MODELS)
     for model in MODELS:
         assert pbtxt.read_config(MODEL_REPO / model).name == model
-        entry = ".gitkeep" if model == "ensemble" else "model.py"
-        assert (MODEL_REPO / model / "1" / entry).is_file()
+        assert (MODEL_REPO / model / "1" / "model.py").is_file()
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -78,21 +77,21 @@ def test_additions_are_optional_so_that_upstreams_clients_keep_working() -> None
         assert all(specs(model, "input")[name].optional for name in ADDED["input"])
 
 
-def test_the_ensemble_is_one_step_that_maps_every_tensor_through() -> None:
-    config = pbtxt.read_config(MODEL_REPO / "ensemble")
-    (step,) = config.ensemble_scheduling.step
-    assert (step.model_name, step.model_version) == ("tensorrt_llm_bls", -1)
-    assert dict(step.input_map) == {name: name for name in specs("ensemble", "input")}
-    assert dict(step.output_map) == {name: name for name in specs("ensemble", "output")}
+def test_the_ensemble_is_the_text_model_under_its_second_name() -> None:
     for side in ("input", "output"):
         assert set(specs("ensemble", side)) == set(specs("tensorrt_llm_bls", side))
+    one, other = (pbtxt.read_config(MODEL_REPO / model) for model in TEXT_MODELS)
+    assert pbtxt.get_parameters(one) == pbtxt.get_parameters(other)
+    doors = {(MODEL_REPO / model / "1" / "model.py").read_text() for model in TEXT_MODELS}
+    assert len(doors) == 1
 
 
 def test_models_that_stream_are_decoupled_and_have_one_instance() -> None:
     for model in MODELS:
         config = pbtxt.read_config(MODEL_REPO / model)
-        assert config.model_transaction_policy.decoupled == (model in ("tensorrt_llm", "tensorrt_llm_bls"))
-        assert [group.count for group in config.instance_group] == ([] if model == "ensemble" else [1])
+        assert config.backend == "python"
+        assert config.model_transaction_policy.decoupled == (model in ("tensorrt_llm", *TEXT_MODELS))
+        assert [group.count for group in config.instance_group] == [1]
 
 
 # --- parameters
@@ -259,19 +258,15 @@ def generation(tokenizer: TextTokenizer, **changes: Any) -> TextGeneration:
     return TextGeneration(TextSequence(**(fields | changes)), tokenizer, skip_special_tokens=True)
 
 
-def ids_array(ids: list[int]) -> dict[str, np.ndarray]:
-    return {"output_ids": np.array([[ids]], dtype=np.int32)}
-
-
 def test_ids_travel_with_the_text_they_complete(tiny_minitron: Path) -> None:
     tokenizer = TextTokenizer(tiny_minitron)
     ids = tokenizer.encode("👍", add_special_tokens=False)
     assert len(ids) > 1
     text = generation(tokenizer)
     for token_id in ids[:-1]:
-        text.feed(ids_array([token_id]))
+        text.feed(EngineStep([token_id]))
         assert text.take() is None
-    text.feed(ids_array([ids[-1]]))
+    text.feed(EngineStep([ids[-1]]))
     taken = text.take()
     assert taken is not None
     assert taken["text_output"].item().decode() == "👍"
@@ -283,8 +278,8 @@ def test_what_follows_the_end_is_cut_off_text_ids_and_log_probs_alike(tiny_minit
     tokenizer = TextTokenizer(tiny_minitron)
     ids = tokenizer.encode("one two three", add_special_tokens=False)
     text = generation(tokenizer, stop_words=("two",))
-    text.feed(ids_array(ids) | {"output_log_probs": np.full((1, 1, len(ids)), -1.0)})
-    text.feed(ids_array(ids))
+    text.feed(EngineStep(ids, [-1.0] * len(ids)))
+    text.feed(EngineStep(ids))
     text.finish("length")
     taken = text.take()
     assert taken is not None
@@ -310,20 +305,12 @@ def test_why_a_text_ended(
 ) -> None:
     tokenizer = TextTokenizer(tiny_minitron)
     made = generation(tokenizer, min_tokens=min_tokens)
-    made.feed(ids_array(ids))
+    made.feed(EngineStep(ids))
     made.finish("length")
     taken = made.take()
     assert taken is not None
     assert made.finish_reason == reason
     assert taken["text_output"].item().decode() == text
-
-
-def test_several_beams_are_an_error_and_an_empty_final_response_is_not(tiny_minitron: Path) -> None:
-    text = generation(TextTokenizer(tiny_minitron))
-    text.feed({})
-    text.feed({"output_ids": np.zeros((1, 1, 0), dtype=np.int32)})
-    with pytest.raises(StatusError, match=r"INTERNAL: the engine sent output_ids of shape \[1, 2, 3\]"):
-        text.feed({"output_ids": np.zeros((1, 2, 3), dtype=np.int32)})
 
 
 # --- errors
@@ -348,18 +335,3 @@ def test_a_status_is_one_line_and_one_of_the_known() -> None:
     assert str(StatusError("INTERNAL", "a\n  b")) == "INTERNAL: a b"
     with pytest.raises(ValueError, match="expected one of INVALID_ARGUMENT"):
         StatusError("TEAPOT", "x")
-
-
-# --- acknowledgements
-
-
-def test_acknowledgements_arrive_in_order_and_a_missing_receiver_is_an_error() -> None:
-    sender, receiver = AckSender("a model of this test"), AckReceiver("a model of this test")
-    sender.send("first")
-    sender.send("second")
-    receiver.wake()
-    assert [receiver.receive() for _ in range(3)] == ["first", "second", ""]
-    receiver.close()
-    with pytest.raises(ConnectionRefusedError):
-        sender.send("third")
-    sender.close()

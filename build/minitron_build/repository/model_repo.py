@@ -17,8 +17,8 @@ from minitron_build.planning.plan import BuildPlan
 from minitron_build.repository import pbtxt
 from minitron_build.source.hf_checkpoint import HfCheckpoint
 
-PYTHON_MODELS = ("preprocessing", "tensorrt_llm", "postprocessing", "tensorrt_llm_bls")
-MODELS = (*PYTHON_MODELS, "ensemble")
+TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
+MODELS = ("preprocessing", "tensorrt_llm", "postprocessing", *TEXT_MODELS)
 ENGINE_MODEL = "tensorrt_llm"
 RUNTIME_NAME = "minitron_runtime"
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
@@ -52,10 +52,6 @@ def write_model_repo(
     output_dir.mkdir(parents=True)
     for model in MODELS:
         shutil.copytree(template_dir() / model, output_dir / model, ignore=NOT_COPIED)
-        (output_dir / model / "1").mkdir(
-            exist_ok=True
-        )  # Triton wants a version folder, git keeps no empty one
-    for model in PYTHON_MODELS:
         if model != ENGINE_MODEL or engine_dir is None:
             runtime = Path(__file__).parents[1] / "runtime"
             shutil.copytree(runtime, output_dir / model / "1" / RUNTIME_NAME, ignore=NOT_COPIED)
@@ -79,9 +75,9 @@ def _place_engine(plan: BuildPlan, engine_dir: Path, output_dir: Path) -> None:
     for path in engine_dir.iterdir():
         os.link(path, version_dir / path.name)
     write_engine_model(engine, plan, output_dir / ENGINE_MODEL)
-    # Only the reference engine acknowledges responses; with the C++ backend the BLS would wait for ever.
-    _set_parameters(output_dir, {"tensorrt_llm_bls": {"acknowledge_responses": "false"}})
-    for model in ("tensorrt_llm_bls", "ensemble"):
+    # Only the reference engine has a link; the C++ backend is asked through Triton.
+    _set_parameters(output_dir, {model: {"engine_link": "false"} for model in TEXT_MODELS})
+    for model in TEXT_MODELS:
         config = pbtxt.read_config(output_dir / model)
         set_logits_type(config, engine)
         pbtxt.write_config(config, output_dir / model)
@@ -91,7 +87,7 @@ def _text_parameters(source: HfCheckpoint) -> dict[str, dict[str, str]]:
     """What the models that handle text must know of this model."""
     eos_ids = source.config.eos_token_ids
     text = {"eos_token_ids": ",".join(map(str, eos_ids)), "pad_token_id": str(eos_ids[0])}
-    return {"preprocessing": text, "tensorrt_llm_bls": text}
+    return {model: text for model in ("preprocessing", *TEXT_MODELS)}
 
 
 def _reference_parameters(plan: BuildPlan) -> dict[str, str]:

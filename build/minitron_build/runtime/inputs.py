@@ -76,6 +76,11 @@ class Inputs:
             return ()
         return tuple(text for item in array.reshape(-1) if (text := _decode(item, name)))
 
+    def num_bytes(self, name: str) -> int:
+        """Length of all strings of a tensor together; 0 when absent."""
+        array = self._arrays.get(name)
+        return 0 if array is None else sum(map(len, array.reshape(-1)))
+
     def same(self, name: str, default: Any) -> Any:
         """A setting of the whole request.
 

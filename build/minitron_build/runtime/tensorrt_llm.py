@@ -2,13 +2,13 @@
 
 It knows Triton's decoupled protocol: who may send, when a request ends, how it is stopped. It knows nothing
 of text. Four parties meet here: Triton calls `execute`, the engine thread hands over tokens, one sender
-thread owns every response, one watcher polls cancellation and deadlines.
+thread owns every response, one watcher polls cancellation and deadlines. The text models of the same server
+do not come this way: `linked_requests.py` serves them.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import queue
 import threading
 import time
@@ -19,7 +19,8 @@ from functools import partial
 from typing import Any
 
 from . import tensors
-from .acknowledgement import PARAMETER, AckReceiver
+from .link_server import LinkServer
+from .linked_requests import LinkedRequests
 from .metrics import ENGINE_METRICS, REQUEST_METRICS, MetricBook, RequestMeter, TokenMeter
 from .orphan import end_with_parent
 from .parameters import Parameters
@@ -66,11 +67,6 @@ class _Call:
     ending: StatusError | None = None
     """Why the request is being cancelled; None also when a `stop` request did it."""
     closed: bool = False
-    is_acknowledged: bool = False
-    """The reader acknowledges each response, and gets the next one only then; it has one sequence."""
-    awaits_ack: bool = False
-    failure: StatusError | None = None
-    """What to end with once the response under way has been acknowledged."""
     # Polling a request whose final response has gone out would touch freed memory in the server.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -99,10 +95,8 @@ class TritonPythonModel:
         )
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
-        self._reading: dict[str, _Call] = {}  # by request id, which an acknowledging reader makes unique
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._acks = AckReceiver(parameters.model_name)
         self._metrics = MetricBook(
             (*REQUEST_METRICS, *ENGINE_METRICS),
             {"model": parameters.model_name},
@@ -112,14 +106,12 @@ class TritonPythonModel:
         self._metrics.start()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
-            for name, work in (
-                ("sender", self._send_work),
-                ("watcher", self._watch),
-                ("acks", self._read_acks),
-            )
+            for name, work in (("sender", self._send_work), ("watcher", self._watch))
         ]
         for thread in self._threads:
             thread.start()
+        linked = LinkedRequests(self._engine, self._metrics, _as_status)
+        self._link = LinkServer(parameters.model_name, linked.on_message, linked.on_gone)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the engine and return at once; the sender thread answers."""
@@ -136,11 +128,10 @@ class TritonPythonModel:
         """Close the engine; what is still open is answered with an error."""
         self._closing.set()
         self._engine.close()
+        self._link.close()
         self._work.put(None)
-        self._acks.wake()
         for thread in self._threads:
             thread.join()
-        self._acks.close()
         self._metrics.close()
 
     def _collect(self, book: MetricBook) -> None:
@@ -184,11 +175,8 @@ class TritonPythonModel:
                 _Sequence(sequence, TokenMeter(self._metrics, meter)) for sequence in asked.sequences
             ),
             remaining=len(asked.sequences),
-            is_acknowledged=len(asked.sequences) == 1 and PARAMETER in json.loads(request.parameters()),
         )
         self._calls[number] = call
-        if call.is_acknowledged:
-            self._reading[call.request_id] = call
         self._submit(call)
 
     def _submit(self, call: _Call) -> None:
@@ -229,8 +217,6 @@ class TritonPythonModel:
 
     def _deliver(self, call: _Call, sequence: _Sequence) -> None:
         """Send what the engine has made since the last time; several steps are one response."""
-        if call.awaits_ack:
-            return
         outputs = _drain(sequence.pending)
         if not outputs or call.closed:
             return
@@ -276,15 +262,12 @@ class TritonPythonModel:
     def _send(self, call: _Call, arrays: dict[str, Any], *, ends_sequence: bool) -> None:
         call.remaining -= ends_sequence
         if call.remaining:
-            call.awaits_ack = call.is_acknowledged
             call.sender.send(tensors.response(arrays))
         else:
             self._close(call, tensors.response(arrays))
 
     def _fail(self, call: _Call, error: StatusError) -> None:
-        if call.awaits_ack:
-            call.failure = error
-        elif not call.closed:
+        if not call.closed:
             self._cancel(call)
             call.meter.end(error.status)
             self._close(call, tensors.error_response(error))
@@ -295,25 +278,7 @@ class TritonPythonModel:
             call.closed = True
             call.meter.end()
             self._calls.pop(call.number, None)
-            if call.is_acknowledged:
-                self._reading.pop(call.request_id, None)
             tensors.send_final(call.sender, response)
-
-    def _acknowledged(self, request_id: str) -> None:
-        """Go on with a request whose last response has been read."""
-        call = self._reading.get(request_id)
-        if call is None or not call.awaits_ack:
-            return
-        call.awaits_ack = False
-        if call.failure is not None:
-            self._fail(call, call.failure)
-        self._deliver(call, call.sequences[0])
-
-    # --- acknowledgement thread
-
-    def _read_acks(self) -> None:
-        while request_id := self._acks.receive():
-            self._work.put(partial(self._acknowledged, request_id))
 
     # --- watcher thread
 

@@ -1,26 +1,28 @@
-"""The Triton model `tensorrt_llm_bls`: text in, text out, many requests in flight in one instance.
+"""The Triton model `tensorrt_llm_bls`, served as `ensemble` too: text in, text out, many requests in flight.
 
 It tokenises and detokenises itself and asks one other model, the engine. It knows Triton's decoupled
-protocol, cancellation and deadlines; what a text is made of is `text_generation.py`. Everything that sends
-a response or polls a request runs on the event loop of the backend, so no two of them ever meet; what
-blocks runs on threads.
+protocol, cancellation and deadlines; what a text is made of is `text_generation.py`, how the engine is
+reached `engine_route.py`. Triton's own thread reads requests and hands them to the engine; one thread of this
+module sends every response and polls every request, so no two of those ever meet.
 """
 
 from __future__ import annotations
 
-import asyncio
+import itertools
+import json
+import queue
+import threading
 import time
-import uuid
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import tensors
-from .acknowledgement import PARAMETER, AckSender
-from .inputs import Array
+from .engine_route import EngineRoute, LinkRoute, Steps
+from .engine_step import EngineStep
+from .inputs import Array, Inputs
 from .metrics import REQUEST_METRICS, MetricBook, RequestMeter, TokenMeter
 from .orphan import end_with_parent
 from .parameters import Parameters
@@ -28,14 +30,13 @@ from .prompts import PromptEncoder
 from .status import CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, StatusError, invalid
 from .text_generation import LATEST, TextGeneration
 from .text_request import ROWS_OF, TextRequest, is_stop, read_text_request
+from .triton_route import TritonRoute
 
 POLL_INTERVAL_S = 0.02
-POLL_COST_S = 0.0006
-"""Added to the interval per open request: one poll costs about 30 us, so polling stays below 5 % of a
-core."""
-STOP_AGAIN_S = 0.25
-"""A stop that overtook the request it names finds nothing to stop; it is repeated until the engine has
-ended."""
+POLL_COST_S = 0.0003
+"""Added to the interval per open request: a poll costs about 30 us, so polling stays below 10 % of a core."""
+LONG_TEXT_BYTES = 16384
+"""Requests with more text are tokenised on a thread of their own, so that others are read meanwhile."""
 DESK_THREADS = 4
 
 ON_FLAG = {
@@ -53,23 +54,17 @@ ENGINE_ON_FLAG = {
     name: flag for name, flag in ON_FLAG.items() if name not in ("output_ids",) and "num_" not in name
 }
 """Those of them that the engine model makes; the rest is made here."""
+PLACES = frozenset({"batch_index", "sequence_index"})
+"""Outputs that tell sequences apart: one alone is sent without them, unless they are asked for by name."""
 
 
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """One sequence in the engine; a thread fills `inbox`, the event loop owns the rest."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arrival:
+    """A request as Triton handed it over, and when, on the monotonic clock."""
 
-    text: TextGeneration
-    engine_id: str
-    meter: TokenMeter
-    inbox: deque[dict[str, Array] | StatusError | None] = field(default_factory=deque)
-    """Responses in order; an error or None is the last thing put in."""
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    has_ended: bool = False
-    is_told: bool = False
-    """The caller has had the last response of this sequence."""
-    stop_again_s: float | None = None
-    """When to repeat the stop, on the monotonic clock; None while none was asked for."""
+    request: Any
+    sender: Any
+    arrived_s: float
 
 
 @dataclass(slots=True, eq=False)
@@ -83,10 +78,24 @@ class _Call:
     asked: TextRequest
     outputs: frozenset[str]
     deadline_s: float | None
-    streams: tuple[_Stream, ...]
     remaining: int
+    streams: tuple[_Stream, ...] = ()
     is_closed: bool = False
     """The final response has gone out; from here on Triton must not be asked about the request."""
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One sequence in the engine."""
+
+    call: _Call
+    number: int
+    text: TextGeneration
+    meter: TokenMeter
+    has_ended: bool = False
+    """The engine has given its last step."""
+    is_told: bool = False
+    """The caller has had the last response of this sequence."""
 
 
 class TritonPythonModel:
@@ -103,77 +112,101 @@ class TritonPythonModel:
         tensors.check_numpy()
         end_with_parent()
         parameters = Parameters(args)
+        self._name = parameters.model_name
+        self._all_outputs = frozenset(output["name"] for output in json.loads(args["model_config"])["output"])
         self._encoder = PromptEncoder(parameters)
         self._skip_special_tokens = parameters.flag("skip_special_tokens")
-        self._engine_model = parameters.text("tensorrt_llm_model_name")
         self._max_streams = parameters.number("max_concurrent_requests")
-        acknowledges = parameters.flag("acknowledge_responses")
-        self._acks = AckSender(self._engine_model) if acknowledges else None
-        # A thread per stream: the engine's responses come through an iterator that blocks.
-        self._stream_threads = ThreadPoolExecutor(max(1, self._max_streams), "stream")
-        self._desk_threads = ThreadPoolExecutor(DESK_THREADS, "desk")
+        self._route = _route(parameters, self._max_streams)
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()  # held to add calls and streams; the loop alone removes them
         self._calls: set[_Call] = set()
-        self._streams: set[_Stream] = set()
-        self._watcher: asyncio.Task[None] | None = None
-        self._metrics = MetricBook(
-            REQUEST_METRICS, {"model": parameters.model_name}, tensors.make_metric_family
-        )
+        self._streams: dict[int, _Stream] = {}
+        self._failed: queue.SimpleQueue[tuple[_Call, StatusError]] = queue.SimpleQueue()
+        self._next_watch_s = 0.0
+        self._closing = threading.Event()
+        self._metrics = MetricBook(REQUEST_METRICS, {"model": self._name}, tensors.make_metric_family)
         self._metrics.start()
+        self._desk = ThreadPoolExecutor(DESK_THREADS, "desk")
+        self._thread = threading.Thread(target=self._loop, name="text", daemon=True)
+        self._thread.start()
 
-    async def execute(self, requests: list[Any]) -> None:
-        """Serve requests until each has had its final response; Triton starts the next ones meanwhile."""
-        await asyncio.gather(*(self._serve(request) for request in requests))
+    def execute(self, requests: list[Any]) -> None:
+        """Hand every request to the engine and return at once; the loop answers."""
+        for request in requests:
+            arrival = _Arrival(request, request.get_response_sender(), time.monotonic())
+            try:
+                inputs = tensors.read_inputs(request, rows_of=ROWS_OF)
+                if is_stop(inputs):
+                    self._stop_calls(request.request_id())
+                    tensors.send_final(arrival.sender, tensors.response(_stop_answer(request)))
+                elif inputs.num_bytes(ROWS_OF) > LONG_TEXT_BYTES:
+                    self._desk.submit(self._accept, arrival, inputs)
+                else:
+                    self._accept(arrival, inputs)
+            except Exception as error:
+                self._refuse(arrival, error)
 
     def finalize(self) -> None:
         """Let the threads go; Triton has waited for open requests before."""
-        self._stream_threads.shutdown(wait=False, cancel_futures=True)
-        self._desk_threads.shutdown(wait=False, cancel_futures=True)
-        tensors.drop_finished()
-        if self._acks:
-            self._acks.close()
+        self._closing.set()
+        self._route.wake()
+        self._thread.join()
+        self._desk.shutdown(wait=False, cancel_futures=True)
+        self._route.close()
         self._metrics.close()
 
-    async def _serve(self, request: Any) -> None:
-        sender = request.get_response_sender()
-        try:
-            call = await self._open(request, sender)
-        except Exception as error:
-            status = tensors.as_status(error, "tensorrt_llm_bls")
-            self._metrics.refused(status.status)
-            tensors.send_final(sender, tensors.error_response(status))
-            return
-        if call is not None:
-            await asyncio.gather(*(self._run(call, stream) for stream in call.streams))
+    # --- accepting: Triton's thread, or one of the desk
 
-    async def _open(self, request: Any, sender: Any) -> _Call | None:
-        """Read a request; None when it was a stop, which is answered at once."""
-        arrived_s, deadline_s = time.monotonic(), _deadline_s(request)
-        inputs = tensors.read_inputs(request, rows_of=ROWS_OF)
-        if is_stop(inputs):
-            self._stop_calls(request.request_id())
-            tensors.send_final(sender, tensors.response(_stop_answer(request)))
-            return None
-        loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(self._desk_threads, read_text_request, inputs, self._encoder)
-        self._check_room(len(asked.sequences))
-        meter = RequestMeter(self._metrics, arrived_s)
+    def _accept(self, arrival: _Arrival, inputs: Inputs) -> None:
+        try:
+            call = self._open(arrival, inputs)
+        except Exception as error:
+            self._refuse(arrival, error)
+            return
+        engine_outputs = _engine_outputs(call.asked)
+        try:
+            for stream in call.streams:
+                self._route.ask(stream.number, stream.text.sequence.engine_inputs, engine_outputs)
+        except Exception as error:
+            # Through the loop: a sequence that was accepted may already be sending.
+            for stream in call.streams:
+                self._streams.pop(stream.number, None)
+            self._failed.put((call, tensors.as_status(error, self._name)))
+            self._route.wake()
+
+    def _refuse(self, arrival: _Arrival, error: Exception) -> None:
+        status = tensors.as_status(error, self._name)
+        self._metrics.refused(status.status)
+        tensors.send_final(arrival.sender, tensors.error_response(status))
+
+    def _open(self, arrival: _Arrival, inputs: Inputs) -> _Call:
+        asked = read_text_request(inputs, self._encoder)
+        with self._lock:
+            self._check_room(len(asked.sequences))
+            call = self._new_call(arrival, asked)
+            is_first = not self._calls
+            self._calls.add(call)
+            self._streams.update((stream.number, stream) for stream in call.streams)
+        if is_first:
+            self._route.wake()  # the loop waits without an end while nothing is open
+        return call
+
+    def _new_call(self, arrival: _Arrival, asked: TextRequest) -> _Call:
+        meter = RequestMeter(self._metrics, arrival.arrived_s)
         meter.accepted(sum(sequence.input_tokens for sequence in asked.sequences))
         meter.scheduled()
         call = _Call(
-            request=request,
-            request_id=request.request_id(),
-            sender=sender,
+            request=arrival.request,
+            request_id=arrival.request.request_id(),
+            sender=arrival.sender,
             meter=meter,
             asked=asked,
-            outputs=_outputs_of(request, asked),
-            deadline_s=deadline_s,
-            streams=self._new_streams(asked, meter),
+            outputs=self._outputs_of(arrival.request, asked),
+            deadline_s=_deadline_s(arrival),
             remaining=len(asked.sequences),
         )
-        self._calls.add(call)
-        self._streams.update(call.streams)
-        if self._watcher is None or self._watcher.done():
-            self._watcher = loop.create_task(self._watch())
+        call.streams = self._new_streams(call)
         return call
 
     def _check_room(self, num_sequences: int) -> None:
@@ -184,75 +217,89 @@ class TritonPythonModel:
                 f"max_concurrent_requests is {self._max_streams}, try again later",
             )
 
-    def _new_streams(self, asked: TextRequest, meter: RequestMeter) -> tuple[_Stream, ...]:
+    def _new_streams(self, call: _Call) -> tuple[_Stream, ...]:
+        asked, tokenizer = call.asked, self._encoder.tokenizer
         with_prompt = not (asked.streaming or asked.exclude_input)
+        skip = self._skip_special_tokens
         return tuple(
             _Stream(
-                TextGeneration(
+                call=call,
+                number=next(self._numbers),
+                text=TextGeneration(
                     sequence,
-                    self._encoder.tokenizer,
-                    skip_special_tokens=self._skip_special_tokens,
+                    tokenizer,
+                    skip_special_tokens=skip,
                     lead=sequence.prompt if with_prompt else "",
                 ),
-                # Never the client's id: ids may repeat, and a stop would then end a stranger's request.
-                engine_id=uuid.uuid4().hex,
-                meter=TokenMeter(self._metrics, meter),
+                meter=TokenMeter(self._metrics, call.meter),
             )
             for sequence in asked.sequences
         )
 
-    async def _run(self, call: _Call, stream: _Stream) -> None:
-        """Send what one sequence makes, and see its engine request through to the end."""
-        loop = asyncio.get_running_loop()
-        loop.run_in_executor(
-            self._stream_threads, self._ask_engine, stream, _engine_outputs(call.asked), loop
-        )
-        try:
-            while not stream.has_ended:
-                await stream.arrived.wait()
-                stream.arrived.clear()
-                self._forward(call, stream)
-        finally:
-            self._streams.discard(stream)
+    def _outputs_of(self, request: Any, asked: TextRequest) -> frozenset[str]:
+        names = frozenset(request.requested_output_names())
+        if names == self._all_outputs and len(asked.sequences) == 1:
+            names -= PLACES
+        return frozenset(name for name in names if name not in ON_FLAG or ON_FLAG[name] in asked.flags)
 
-    def _forward(self, call: _Call, stream: _Stream) -> None:
-        """Send everything that waits as one response."""
+    # --- the loop: the only one that sends once a request is accepted
+
+    def _loop(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._forward(self._route.take(self._pause_s() if self._calls else None))
+                self._fail_refused()
+                self._watch()
+            except Exception as error:  # one request's trouble must not silence the others
+                tensors.as_status(error, f"the loop of {self._name}")
+
+    def _forward(self, steps: Steps) -> None:
+        """Feed every step to its sequence; what has come for one sequence is one response."""
+        touched: dict[int, _Stream] = {}
+        for number, step in steps:
+            stream = self._streams.get(number)
+            if stream is not None:
+                touched[number] = stream
+                self._feed(stream, step)
+        for stream in touched.values():
+            try:
+                self._send_text(stream)
+            except Exception as error:
+                self._fail(stream.call, tensors.as_status(error, self._name))
+
+    def _feed(self, stream: _Stream, step: EngineStep) -> None:
+        if step.is_last:
+            stream.has_ended = True
+            del self._streams[stream.number]
         try:
-            self._feed(stream)
-            if not call.is_closed:
-                self._send_text(call, stream)
+            if step.error is not None:
+                raise step.error
+            so_far = stream.text.output_tokens
+            stream.text.feed(step)
+            stream.meter.tokens(stream.text.output_tokens - so_far)
         except Exception as error:
-            self._fail(call, tensors.as_status(error, "tensorrt_llm_bls"))
+            self._fail(stream.call, tensors.as_status(error, self._name))
 
-    def _feed(self, stream: _Stream) -> None:
-        while stream.inbox:
-            item = stream.inbox.popleft()
-            stream.has_ended = not isinstance(item, dict)
-            if isinstance(item, StatusError):
-                raise item
-            if item is None:
-                stream.text.finish("length" if stream.stop_again_s is None else "cancelled")
-            else:
-                so_far = stream.text.output_tokens
-                stream.text.feed(item)
-                stream.meter.tokens(stream.text.output_tokens - so_far)
-
-    def _send_text(self, call: _Call, stream: _Stream) -> None:
-        has_finished = stream.text.finish_reason is not None
-        if stream.is_told or not (has_finished or call.asked.streaming):
+    def _send_text(self, stream: _Stream) -> None:
+        call, has_finished = stream.call, stream.text.finish_reason is not None
+        if call.is_closed or stream.is_told or not (has_finished or call.asked.streaming):
             return
-        arrays = stream.text.take()
+        arrays = stream.text.take(call.outputs)
         if arrays is None:
             return
-        response = tensors.response({name: arrays[name] for name in call.outputs if name in arrays})
+        response = tensors.response(arrays)
         stream.is_told = has_finished
         call.remaining -= has_finished
         if has_finished and not stream.has_ended:
-            self._stop_stream(stream)  # the text is complete: the engine's slot is free for another
+            self._route.stop(stream.number)  # the text is complete: the engine's slot is free for another
         if call.remaining:
             call.sender.send(response)
         else:
             self._close(call, response)
+
+    def _fail_refused(self) -> None:
+        while not self._failed.empty():
+            self._fail(*self._failed.get())
 
     def _fail(self, call: _Call, error: StatusError) -> None:
         if not call.is_closed:
@@ -269,103 +316,58 @@ class TritonPythonModel:
             tensors.send_final(call.sender, response)
         except Exception as error:
             self._stop_streams(call)
-            tensors.as_status(error, "the sender of tensorrt_llm_bls")
+            tensors.as_status(error, f"the sender of {self._name}")
 
     # --- stopping
 
-    async def _watch(self) -> None:
-        """Poll for cancellation and deadlines, and repeat stops, while anything is open."""
-        while self._streams:
-            await asyncio.sleep(POLL_INTERVAL_S + POLL_COST_S * len(self._calls))
-            for call in list(self._calls):
-                self._end_if_over(call)
-            now_s = time.monotonic()
-            for stream in list(self._streams):
-                if stream.stop_again_s is not None and now_s >= stream.stop_again_s:
-                    self._stop_stream(stream)
+    def _pause_s(self) -> float:
+        return max(0.0, self._next_watch_s - time.monotonic())
 
-    def _end_if_over(self, call: _Call) -> None:
+    def _watch(self) -> None:
+        """From time to time, end what its client has given up and what is out of time."""
+        now_s = time.monotonic()
+        if now_s < self._next_watch_s:
+            return
+        for call in list(self._calls):
+            self._end_if_over(call, now_s)
+        self._next_watch_s = time.monotonic() + POLL_INTERVAL_S + POLL_COST_S * len(self._calls)
+
+    def _end_if_over(self, call: _Call, now_s: float) -> None:
         try:
-            if call.deadline_s is not None and time.monotonic() >= call.deadline_s:
+            if call.deadline_s is not None and now_s >= call.deadline_s:
                 self._fail(call, StatusError(DEADLINE_EXCEEDED, "the request's own timeout has passed"))
             elif call.request.is_cancelled():
                 self._fail(call, StatusError(CANCELLED, "the client cancelled the request"))
         except Exception as error:
-            self._fail(call, tensors.as_status(error, "tensorrt_llm_bls"))
+            self._fail(call, tensors.as_status(error, self._name))
 
     def _stop_calls(self, request_id: str) -> None:
         if not request_id:
             raise invalid("a stop request has no request id; expected the id of the request to stop")
-        for call in self._calls:
+        for call in list(self._calls):
             if call.request_id == request_id:
                 self._stop_streams(call)
 
     def _stop_streams(self, call: _Call) -> None:
         for stream in call.streams:
-            self._stop_stream(stream)
+            if not stream.has_ended:
+                self._route.stop(stream.number)
 
-    def _stop_stream(self, stream: _Stream) -> None:
-        if not stream.has_ended:
-            stream.stop_again_s = time.monotonic() + STOP_AGAIN_S
-            self._desk_threads.submit(self._ask_stop, stream.engine_id)
 
-    # --- threads
-
-    def _ask_engine(self, stream: _Stream, outputs: list[str], loop: asyncio.AbstractEventLoop) -> None:
-        """Step through the engine model's responses and hand each to the event loop."""
-        last: StatusError | None = None
-        try:
-            for answer in tensors.ask_model(
-                self._engine_model,
-                stream.text.sequence.engine_inputs,
-                request_id=stream.engine_id,
-                outputs=outputs,
-                parameters={PARAMETER: True} if self._acks else None,
-            ):
-                if self._acks:
-                    self._acks.send(stream.engine_id)
-                self._put(stream, tensors.read_response(answer), loop)
-        except OSError as error:
-            last = StatusError(UNAVAILABLE, f"model {self._engine_model} is gone ({error})")
-        except Exception as error:
-            last = tensors.as_status(error, "tensorrt_llm_bls")
-        self._put(stream, last, loop)
-
-    def _put(
-        self, stream: _Stream, item: dict[str, Array] | StatusError | None, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        stream.inbox.append(item)
-        loop.call_soon_threadsafe(stream.arrived.set)
-
-    def _ask_stop(self, engine_id: str) -> None:
-        one = np.array([[1]], dtype=np.int32)
-        inputs = {
-            "input_ids": one,
-            "input_lengths": one,
-            "request_output_len": one,
-            "stop": np.array([[True]]),
-        }
-        try:
-            for answer in tensors.ask_model(
-                self._engine_model, inputs, request_id=engine_id, outputs=["output_ids", "sequence_length"]
-            ):
-                tensors.read_response(answer)
-        except Exception as error:  # the server is shutting down: the engine runs to its end instead
-            tensors.log_warning(f"the engine could not be told to stop {engine_id}: {error}")
+def _route(parameters: Parameters, max_streams: int) -> EngineRoute:
+    model_name = parameters.text("tensorrt_llm_model_name")
+    if parameters.flag("engine_link"):
+        return LinkRoute(model_name)
+    return TritonRoute(model_name, max_streams)
 
 
 def _was_stopped(call: _Call) -> bool:
     return any(stream.text.finish_reason == "cancelled" for stream in call.streams)
 
 
-def _deadline_s(request: Any) -> float | None:
-    timeout_us = request.timeout()
-    return time.monotonic() + timeout_us / 1e6 if timeout_us else None
-
-
-def _outputs_of(request: Any, asked: TextRequest) -> frozenset[str]:
-    names = request.requested_output_names()
-    return frozenset(name for name in names if name not in ON_FLAG or ON_FLAG[name] in asked.flags)
+def _deadline_s(arrival: _Arrival) -> float | None:
+    timeout_us = arrival.request.timeout()
+    return arrival.arrived_s + timeout_us / 1e6 if timeout_us else None
 
 
 def _engine_outputs(asked: TextRequest) -> list[str]:

@@ -97,7 +97,6 @@ def ask_model(
     *,
     request_id: str,
     outputs: list[str],
-    parameters: Mapping[str, bool] | None = None,
 ) -> Iterator[Any]:
     """Send a request to another, decoupled model of this server and yield its responses; blocks between them.
 
@@ -109,7 +108,6 @@ def ask_model(
         inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
         requested_output_names=outputs,
         request_id=request_id,
-        parameters=dict(parameters or {}),
     )
     try:
         responses = request.exec(decoupled=True)

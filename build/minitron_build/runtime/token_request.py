@@ -57,6 +57,11 @@ class Returns:
         """Read the flags, which hold for the whole request."""
         return cls(**{name: bool(inputs.same(f"return_{name}", False)) for name in cls.__dataclass_fields__})
 
+    @property
+    def wants_arrays(self) -> bool:
+        """Whether anything but token ids, log-probs and counts was asked for."""
+        return self.context_logits or self.generation_logits or self.perf_metrics
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:

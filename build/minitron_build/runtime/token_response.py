@@ -86,6 +86,8 @@ _OUTPUTS: dict[str, tuple[str | None, Callable[[Piece], Array | None]]] = {
     "kv_cache_reused_blocks": ("perf_metrics", lambda piece: _int32(0)),
 }
 """Output -> the flag of `Returns` that asks for it (None: always sent when requested), and how it is made."""
+OPTIONAL_OUTPUTS = frozenset(name for name, (flag, _) in _OUTPUTS.items() if flag is not None)
+"""Those that only a flag brings."""
 
 
 def to_arrays(piece: Piece, wanted: frozenset[str], returns: Returns) -> dict[str, Array]:

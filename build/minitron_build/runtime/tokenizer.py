@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+LONG_TEXT_CHARS = 2048
+
 
 class TokenizerFileError(ValueError):
     """The tokenizer on disk is missing, or is not a byte-level one."""
@@ -44,7 +46,11 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with special tokens, the post-processor's own (BOS first) are added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) < LONG_TEXT_CHARS:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # A batch is tokenised without the interpreter's lock: the streams of this process go on meanwhile.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD."""
