@@ -17,6 +17,7 @@ from minitron_client._triton import (
     make_stub,
     messages,
     read_metadata,
+    read_parameters,
     request_message,
     small_call_error,
     status_of,
@@ -79,6 +80,14 @@ class AioConnection:
         except MinitronClientError:  # the metadata's error is the one to tell
             return None
         return bool(config.model_transaction_policy.decoupled)
+
+    async def parameters(self, model: str, timeout_s: float, headers: Headers = ()) -> dict[str, str]:
+        """The parameters in the model's configuration, by name.
+
+        Raises:
+            NotFoundError: the server has no such model.
+        """
+        return read_parameters(await self.ask("ModelConfig", timeout_s, headers, name=model))
 
     async def open(
         self,

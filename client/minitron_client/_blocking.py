@@ -21,6 +21,7 @@ from minitron_client._triton import (
     make_stub,
     messages,
     read_metadata,
+    read_parameters,
     request_message,
     small_call_error,
     status_of,
@@ -81,6 +82,14 @@ class Connection:
         except MinitronClientError as error:  # closed to callers: a stream works for either kind
             _log.debug("configuration of %s: %s", model, error)
         return read_metadata(answer, is_decoupled)
+
+    def parameters(self, model: str, timeout_s: float, headers: Headers = ()) -> dict[str, str]:
+        """The parameters in the model's configuration, by name.
+
+        Raises:
+            NotFoundError: the server has no such model.
+        """
+        return read_parameters(self.ask("ModelConfig", timeout_s, headers, name=model))
 
     def open(
         self,

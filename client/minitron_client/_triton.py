@@ -202,6 +202,11 @@ def read_index(index: Any) -> dict[str, bool]:
     return ready
 
 
+def read_parameters(config: Any) -> dict[str, str]:
+    """The parameters in a model's configuration, by name."""
+    return {name: parameter.string_value for name, parameter in config.parameters.items()}
+
+
 def _specs(tensors: Any) -> Mapping[str, TensorSpec]:
     return {item.name: TensorSpec(item.name, item.datatype, tuple(item.shape)) for item in tensors}
 

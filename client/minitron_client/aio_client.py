@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from minitron_client._triton import Headers, small_call_error
 from minitron_client.batch import Batch, BatchProgress, PlainPrompt, Prompt
 from minitron_client.endpoints import EndpointPool
 from minitron_client.errors import (
+    AuthError,
     ClientClosedError,
     MinitronClientError,
+    NotFoundError,
     ServerConnectionError,
     UnavailableError,
 )
@@ -30,7 +32,7 @@ from minitron_client.exchange import (
     call_headers,
     chosen_sampling,
 )
-from minitron_client.readiness import ReadyWait, merge_health
+from minitron_client.readiness import KNOWN_MODELS, ReadyWait, merge_health
 from minitron_client.results import Chunk, Completion, Health, Usage
 from minitron_client.sampling import SamplingParams
 from minitron_client.settings import (
@@ -44,11 +46,20 @@ from minitron_client.settings import (
 )
 from minitron_client.tensors import InferRequest, ModelMetadata
 from minitron_client.text_request import stop_request
+from minitron_client.tokenizer import (
+    TEXT_MODEL,
+    TOKENIZER_MODEL,
+    Tokenizer,
+    TokenRules,
+    read_tokenizer,
+    tokenizer_request,
+)
 
 if TYPE_CHECKING:
     from minitron_client._aio import AioConnection, AioResponses
 
 _log = logging.getLogger("minitron_client")
+_T = TypeVar("_T")
 
 
 class AsyncMinitronClient:
@@ -82,7 +93,9 @@ class AsyncMinitronClient:
         self._pool = EndpointPool(self.settings.urls)
         self._connections: dict[str, AioConnection] = {}
         self._metadata: dict[tuple[str, str], ModelMetadata] = {}
-        self._asking: dict[tuple[str, str], asyncio.Task[ModelMetadata]] = {}
+        self._rules: dict[tuple[str, str], TokenRules] = {}
+        self._tokenizers: dict[tuple[str, str], Tokenizer] = {}
+        self._asking: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._streams: weakref.WeakSet[AsyncTextStream] = weakref.WeakSet()
         self._stops: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -175,6 +188,14 @@ class AsyncMinitronClient:
         headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
         return await self._describe(self._pool.pick(), model or self.model, limit_s, headers)
 
+    async def tokenize(self, text: str) -> list[int]:
+        """The token ids that the server makes of a prompt; see `MinitronClient.tokenize`."""
+        return (await self._tokenizer(self._pool.pick(), call_headers(self.settings))).encode(text)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids as the server would give it; see `MinitronClient.detokenize`."""
+        return (await self._tokenizer(self._pool.pick(), call_headers(self.settings))).decode(token_ids)
+
     async def health(self, *, timeout_s: float | None = None) -> Health:
         """State of the server and of each model in its repository; see `MinitronClient.health`."""
         limit_s = checked_seconds(
@@ -224,30 +245,80 @@ class AsyncMinitronClient:
         try:
             live = await connection.ask("ServerLive", limit_s, headers)
             ready = live and await connection.ask("ServerReady", limit_s, headers)
-            return Health(live, ready, await connection.ask("RepositoryIndex", limit_s, headers))
+            return Health(live, ready, await self._models_of(connection, limit_s, headers))
         except (ServerConnectionError, UnavailableError) as error:
             return Health(live=False, ready=False, reason=error.message)
 
+    async def _models_of(
+        self, connection: AioConnection, limit_s: float, headers: Headers
+    ) -> dict[str, bool]:
+        try:
+            models: dict[str, bool] = await connection.ask("RepositoryIndex", limit_s, headers)
+        except AuthError:  # open to the administrator alone
+            names = dict.fromkeys((self.model, *KNOWN_MODELS))
+            asked = (connection.ask("ModelReady", limit_s, headers, name=name) for name in names)
+            models = dict(zip(names, await asyncio.gather(*asked), strict=True))
+            models = {name: ready for name, ready in models.items() if ready or name == self.model}
+        return models
+
     async def _describe(self, url: str, model: str, limit_s: float, headers: Headers) -> ModelMetadata:
-        key = (url, model)
-        known = self._metadata.get(key)
-        if known is not None and not self._is_closed:
-            return known
-        connection = self._connection(url)
+        async def ask() -> ModelMetadata:
+            return await self._connection(url).describe(model, limit_s, headers)
+
+        return await self._once(self._metadata, (url, model), ask, limit_s)
+
+    async def _rules_of(self, url: str, headers: Headers) -> TokenRules:
+        """What surrounds the engine on this server; nothing where it has no text models."""
+        limit_s = self.settings.connect_timeout_s
+
+        async def ask() -> TokenRules:
+            asked = (self._parameters(url, model, headers) for model in (TOKENIZER_MODEL, TEXT_MODEL))
+            return TokenRules.of(*await asyncio.gather(*asked))
+
+        return await self._once(self._rules, (url, "rules of tokens"), ask, limit_s)
+
+    async def _parameters(self, url: str, model: str, headers: Headers) -> dict[str, str]:
+        try:
+            return await self._connection(url).parameters(model, self.settings.connect_timeout_s, headers)
+        except NotFoundError:
+            return {}
+
+    async def _tokenizer(self, url: str, headers: Headers) -> Tokenizer:
+        limit_s, timeout_s = self.settings.connect_timeout_s, self.settings.timeout_s
+
+        async def ask() -> Tokenizer:
+            request = tokenizer_request(await self._describe(url, TOKENIZER_MODEL, limit_s, headers))
+            responses = await self._connection(url).open(request, timeout_s, headers, is_streamed=False)
+            return read_tokenizer(await responses.read(), await self._rules_of(url, headers))
+
+        return await self._once(self._tokenizers, (url, "tokenizer"), ask, timeout_s)
+
+    async def _once(
+        self,
+        known: dict[tuple[str, str], _T],
+        key: tuple[str, str],
+        ask: Callable[[], Coroutine[Any, Any, _T]],
+        limit_s: float,
+    ) -> _T:
+        """What is asked of a server once, with one question for all that wait."""
+        self._connection(key[0])  # refuses after close()
+        if key in known:
+            return known[key]
         task = self._asking.get(key)
-        if task is None:  # one question for all that wait
-            task = asyncio.create_task(connection.describe(model, limit_s, headers))
+        if task is None:
+            task = asyncio.create_task(ask())
             self._asking[key] = task
             task.add_done_callback(lambda done: self._answered(key, done))
         await asyncio.wait({task}, timeout=limit_s)
         if task.cancelled():
-            raise ClientClosedError("the client was closed while it asked for a model's metadata")
+            raise ClientClosedError("the client was closed while it asked what the server has")
         if not task.done():
-            raise small_call_error("DEADLINE_EXCEEDED", "", url, limit_s)
-        self._metadata[key] = metadata = task.result()
-        return metadata
+            raise small_call_error("DEADLINE_EXCEEDED", "", key[0], limit_s)
+        answer: _T = task.result()
+        known[key] = answer
+        return answer
 
-    def _answered(self, key: tuple[str, str], task: asyncio.Task[ModelMetadata]) -> None:
+    def _answered(self, key: tuple[str, str], task: asyncio.Task[Any]) -> None:
         self._asking.pop(key, None)
         if not task.cancelled():
             task.exception()  # seen: those who asked may have left
@@ -268,10 +339,12 @@ class AsyncMinitronClient:
 
     async def _open(self, exchange: Exchange) -> AioResponses:
         """One attempt at a request."""
-        url = exchange.next_url()
-        metadata = await self._describe(url, self.model, exchange.connect_timeout_s, exchange.headers)
+        url, headers = exchange.next_url(), exchange.headers
+        metadata = await self._describe(url, self.model, exchange.connect_timeout_s, headers)
+        rules = await self._rules_of(url, headers) if exchange.needs_rules(metadata) else None
+        tokenizer = await self._tokenizer(url, headers) if exchange.needs_tokenizer(metadata) else None
         return await self._connection(url).open(
-            exchange.request(metadata),
+            exchange.request(metadata, rules, tokenizer),
             exchange.left_s(),
             exchange.headers,
             timeout_s=exchange.timeout_s,
@@ -341,7 +414,9 @@ class AsyncTextStream:
                     if chunk is not None:
                         return chunk
                 elif exchange.error is None:
-                    exchange.finish()
+                    held_back = exchange.finish()
+                    if held_back is not None:
+                        return held_back
             except MinitronClientError as error:
                 await self._recover(error)
 

@@ -19,8 +19,10 @@ from minitron_client._triton import Headers
 from minitron_client.batch import Batch, BatchProgress, PlainPrompt, Prompt
 from minitron_client.endpoints import EndpointPool
 from minitron_client.errors import (
+    AuthError,
     ClientClosedError,
     MinitronClientError,
+    NotFoundError,
     ServerConnectionError,
     UnavailableError,
 )
@@ -31,7 +33,7 @@ from minitron_client.exchange import (
     call_headers,
     chosen_sampling,
 )
-from minitron_client.readiness import ReadyWait, merge_health
+from minitron_client.readiness import KNOWN_MODELS, ReadyWait, merge_health
 from minitron_client.results import Chunk, Completion, Health, Usage
 from minitron_client.sampling import SamplingParams
 from minitron_client.settings import (
@@ -45,6 +47,14 @@ from minitron_client.settings import (
 )
 from minitron_client.tensors import ModelMetadata
 from minitron_client.text_request import stop_request
+from minitron_client.tokenizer import (
+    TEXT_MODEL,
+    TOKENIZER_MODEL,
+    Tokenizer,
+    TokenRules,
+    read_tokenizer,
+    tokenizer_request,
+)
 
 _log = logging.getLogger("minitron_client")
 
@@ -99,6 +109,8 @@ class MinitronClient:
         self._pool = EndpointPool(self.settings.urls)
         self._connections = {one: Connection(one, self.settings.tls) for one in self.settings.urls}
         self._metadata: dict[tuple[str, str], ModelMetadata] = {}
+        self._rules: dict[str, TokenRules] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
         self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -216,6 +228,22 @@ class MinitronClient:
         headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
         return self._describe(self._pool.pick(), model or self.model, limit_s, headers)
 
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids that the server makes of a prompt, BOS included; its tokenizer is fetched once.
+
+        Raises:
+            UnsupportedError: the server does not hand out its tokenizer.
+        """
+        return self._tokenizer(self._pool.pick(), call_headers(self.settings)).encode(text)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids as the server would give it.
+
+        Raises:
+            UnsupportedError: the server does not hand out its tokenizer.
+        """
+        return self._tokenizer(self._pool.pick(), call_headers(self.settings)).decode(token_ids)
+
     def health(self, *, timeout_s: float | None = None) -> Health:
         """State of the server and of each model in its repository; of several servers, what any can do.
 
@@ -276,9 +304,18 @@ class MinitronClient:
         try:
             live = connection.ask("ServerLive", limit_s, headers)
             ready = live and connection.ask("ServerReady", limit_s, headers)
-            return Health(live, ready, connection.ask("RepositoryIndex", limit_s, headers))
+            return Health(live, ready, self._models_of(connection, limit_s, headers))
         except (ServerConnectionError, UnavailableError) as error:
             return Health(live=False, ready=False, reason=error.message)
+
+    def _models_of(self, connection: Connection, limit_s: float, headers: Headers) -> dict[str, bool]:
+        try:
+            models: dict[str, bool] = connection.ask("RepositoryIndex", limit_s, headers)
+        except AuthError:  # open to the administrator alone
+            names = dict.fromkeys((self.model, *KNOWN_MODELS))
+            models = {name: connection.ask("ModelReady", limit_s, headers, name=name) for name in names}
+            models = {name: ready for name, ready in models.items() if ready or name == self.model}
+        return models
 
     def _describe(self, url: str, model: str, limit_s: float, headers: Headers) -> ModelMetadata:
         key = (url, model)
@@ -290,12 +327,43 @@ class MinitronClient:
                 self._metadata[key] = known
         return known
 
+    def _rules_of(self, url: str, headers: Headers) -> TokenRules:
+        """What surrounds the engine on this server; nothing where it has no text models."""
+        with self._lock:
+            known = self._rules.get(url)
+        if known is None:
+            asked = [self._parameters(url, model, headers) for model in (TOKENIZER_MODEL, TEXT_MODEL)]
+            known = TokenRules.of(*asked)
+            with self._lock:
+                self._rules[url] = known
+        return known
+
+    def _parameters(self, url: str, model: str, headers: Headers) -> dict[str, str]:
+        try:
+            return self._connections[url].parameters(model, self.settings.connect_timeout_s, headers)
+        except NotFoundError:
+            return {}
+
+    def _tokenizer(self, url: str, headers: Headers) -> Tokenizer:
+        with self._lock:
+            known = self._tokenizers.get(url)
+        if known is None:
+            limit_s, timeout_s = self.settings.connect_timeout_s, self.settings.timeout_s
+            request = tokenizer_request(self._describe(url, TOKENIZER_MODEL, limit_s, headers))
+            responses = self._connections[url].open(request, timeout_s, headers, is_streamed=False)
+            known = read_tokenizer(responses.read(), self._rules_of(url, headers))
+            with self._lock:
+                self._tokenizers[url] = known
+        return known
+
     def _open(self, exchange: Exchange) -> Responses:
         """One attempt at a request."""
-        url = exchange.next_url()
-        metadata = self._describe(url, self.model, exchange.connect_timeout_s, exchange.headers)
+        url, headers = exchange.next_url(), exchange.headers
+        metadata = self._describe(url, self.model, exchange.connect_timeout_s, headers)
+        rules = self._rules_of(url, headers) if exchange.needs_rules(metadata) else None
+        tokenizer = self._tokenizer(url, headers) if exchange.needs_tokenizer(metadata) else None
         return self._connections[url].open(
-            exchange.request(metadata),
+            exchange.request(metadata, rules, tokenizer),
             exchange.left_s(),
             exchange.headers,
             timeout_s=exchange.timeout_s,
@@ -383,7 +451,9 @@ class TextStream:
                     if chunk is not None:
                         return chunk
                 elif exchange.error is None:
-                    exchange.finish()
+                    held_back = exchange.finish()
+                    if held_back is not None:
+                        return held_back
             except MinitronClientError as error:
                 self._recover(error)
 

@@ -32,6 +32,8 @@ from minitron_client.settings import ClientSettings, checked_headers, checked_se
 from minitron_client.tensors import InferRequest, InferResponse, ModelMetadata
 from minitron_client.text_request import text_request
 from minitron_client.text_response import CompletionBuilder
+from minitron_client.tokenizer import Tokenizer, TokenRules
+from minitron_client.vocabulary import vocabulary_of
 
 _log = logging.getLogger("minitron_client")
 STOP_TIMEOUT_S = 1.0
@@ -132,8 +134,23 @@ class Exchange:
         _log.debug("request %s: attempt %d at %s", self.request_id, self._num_failed + 1, self.url)
         return self.url
 
-    def request(self, metadata: ModelMetadata) -> InferRequest:
+    def needs_rules(self, metadata: ModelMetadata) -> bool:
+        """Whether the model takes token ids, so that what ends a text must be known here."""
+        return vocabulary_of(metadata).is_token_ids
+
+    def needs_tokenizer(self, metadata: ModelMetadata) -> bool:
+        """Whether the model takes token ids and the prompt is a text."""
+        return self.needs_rules(metadata) and isinstance(self._prompt, str)
+
+    def request(
+        self, metadata: ModelMetadata, rules: TokenRules | None = None, tokenizer: Tokenizer | None = None
+    ) -> InferRequest:
         """The request as this server's model takes it.
+
+        Args:
+            metadata: of the model.
+            rules: where `needs_rules`.
+            tokenizer: where `needs_tokenizer`.
 
         Raises:
             InvalidValueError: the prompt or an option cannot be sent.
@@ -145,12 +162,21 @@ class Exchange:
                 "use generate(), or set decoupled: true in its config.pbtxt",
                 request_id=self.request_id,
             )
+        prompt, sampling = self._prompt, self._sampling
+        end_ids = rules.eos_token_ids if rules is not None else ()
+        self._builder = CompletionBuilder(sampling, vocabulary_of(metadata), end_ids=end_ids)
+        if tokenizer is not None and isinstance(prompt, str):
+            prompt = tokenizer.encode(prompt)
+            self._builder.text_of = tokenizer.stream()
+        if not isinstance(prompt, str):
+            self._builder.set_input_tokens(len(prompt))
         return text_request(
             metadata,
-            self._prompt,
-            self._sampling,
+            prompt,
+            sampling,
             request_id=self.request_id,
             is_streaming=self._is_streaming,
+            end_ids=end_ids,
         )
 
     def take(self, response: InferResponse) -> Chunk | None:
@@ -160,7 +186,7 @@ class Exchange:
             ProtocolError: it cannot be read.
         """
         chunk = self._builder.add(response)
-        if chunk is not None and self._ttft_s is None and self._is_streaming and chunk.text:
+        if self._ttft_s is None and self._is_streaming and chunk is not None and self._has_token(chunk):
             self._ttft_s = self._elapsed_s()
         return chunk
 
@@ -186,11 +212,13 @@ class Exchange:
             self._total_s = self._elapsed_s()
         return True
 
-    def finish(self) -> None:
-        """The answer is whole."""
-        if self.end():
-            self._pool.succeeded(self.url)
-            _log.debug("request %s: done in %.3f s", self.request_id, self._total_s)
+    def finish(self) -> Chunk | None:
+        """The answer is whole; what was held back until now."""
+        if not self.end():
+            return None
+        self._pool.succeeded(self.url)
+        _log.debug("request %s: done in %.3f s", self.request_id, self._total_s)
+        return self._builder.finish()
 
     def fail(self, error: MinitronClientError) -> bool:
         """The request failed for good; whether the server may still be at work on it."""
@@ -211,6 +239,9 @@ class Exchange:
         """What came, as one completion."""
         total_s = self._total_s if self._total_s is not None else self._elapsed_s()
         return self._builder.completion(Timings(total_s, self._ttft_s), self.request_id)
+
+    def _has_token(self, chunk: Chunk) -> bool:
+        return bool(chunk.text) or (bool(chunk.token_ids) and self._builder.text_of is None)
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._started_s

@@ -15,6 +15,10 @@ from minitron_client.settings import checked_seconds
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.5
 
 
+KNOWN_MODELS = ("tensorrt_llm_bls", "ensemble", "tensorrt_llm", "preprocessing", "postprocessing")
+"""Asked for one by one where the list of models is closed to callers."""
+
+
 def merge_health(states: Sequence[Health]) -> Health:
     """One state for servers that stand in for each other: what any of them can do."""
     models: dict[str, bool] = {}

@@ -45,10 +45,13 @@ class Timings:
     Attributes:
         total_s: to the end of the answer.
         ttft_s: to the first non-empty chunk; None without streaming, where one answer brings everything.
+        queue_s: on the server, before the first step; None where it does not tell. A stream tells it with
+            `return_perf_metrics`.
     """
 
     total_s: float
     ttft_s: float | None
+    queue_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

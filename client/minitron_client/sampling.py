@@ -47,7 +47,7 @@ _RANGES: dict[str, _Range] = {
     "end_id": _Range(int, 0, _INT32_MAX),
     "pad_id": _Range(int, 0, _INT32_MAX),
 }
-_FLAGS = ("exclude_input_in_output", "return_log_probs", "return_output_ids")
+_FLAGS = ("exclude_input_in_output", "return_log_probs", "return_output_ids", "return_perf_metrics")
 _WORDS = ("stop_words", "bad_words")
 
 
@@ -75,6 +75,7 @@ class SamplingParams:
         exclude_input_in_output: False puts the prompt in front of the text (not while streaming).
         return_log_probs: the log probability of each output token.
         return_output_ids: the output token ids.
+        return_perf_metrics: the time in the server's queue, while streaming too.
 
     Raises:
         InvalidValueError: a value is of the wrong kind, out of range, or contradicts another.
@@ -96,6 +97,7 @@ class SamplingParams:
     exclude_input_in_output: bool = True
     return_log_probs: bool = False
     return_output_ids: bool = False
+    return_perf_metrics: bool = False
 
     def __post_init__(self) -> None:
         for name in _RANGES:

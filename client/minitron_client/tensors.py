@@ -74,13 +74,18 @@ class Tensor:
     data: bytes
 
     @classmethod
-    def of(cls, spec: TensorSpec, values: Sequence[Scalar]) -> Tensor:
+    def of(cls, spec: TensorSpec, values: Sequence[Scalar], shape: tuple[int, ...] | None = None) -> Tensor:
         """Values of one request row, in the datatype and rank that the server lists: [1, ..., n].
+
+        Args:
+            spec: the tensor as the server lists it.
+            values: its elements, row-major.
+            shape: where it is another one.
 
         Raises:
             InvalidValueError: a value does not fit the datatype.
         """
-        shape = (1,) * (len(spec.shape) - 1) + (len(values),)
+        shape = shape or (1,) * (len(spec.shape) - 1) + (len(values),)
         return cls(spec.name, spec.datatype, shape, _encode(spec, values))
 
     def values(self) -> tuple[Scalar, ...]:

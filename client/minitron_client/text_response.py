@@ -1,18 +1,31 @@
-"""A text model's responses as chunks, and chunks as one completion.
+"""A model's responses as chunks, and chunks as one completion, in each vocabulary.
 
-It knows the output tensors of `tensorrt_llm_bls` and `ensemble`. It knows nothing of connections or
-clocks: the times come from the caller.
+It knows output tensors. It knows nothing of connections or clocks: the times come from the caller.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 from minitron_client.errors import ProtocolError
 from minitron_client.results import FINISH_REASONS, Chunk, Completion, FinishReason, Timings, Usage
 from minitron_client.sampling import SamplingParams
 from minitron_client.tensors import InferResponse, Scalar
+from minitron_client.vocabulary import QUEUE_OUTPUTS, TEXT, Vocabulary
+
+_FOREIGN_REASONS: dict[str, str] = {"None": "", "timeout": "cancelled"}
+"""What NVIDIA's LLM-API model says where we say something else."""
+
+
+class TextOfTokens(Protocol):
+    """Turns token ids into text as they come."""
+
+    def feed(self, token_ids: tuple[int, ...]) -> str:
+        """The text that these tokens complete."""
+
+    def flush(self) -> str:
+        """What the end of the sequence leaves."""
 
 
 @dataclass(slots=True)
@@ -21,13 +34,22 @@ class CompletionBuilder:
 
     Attributes:
         sampling: what was asked for; decides which parts of the completion are None.
+        vocabulary: of the model that answers.
+        text_of: makes text of token ids, where the model gives ids and text was asked for.
+        end_ids: ids that end the text, where the model does not tell the reason.
     """
 
     sampling: SamplingParams
+    vocabulary: Vocabulary = TEXT
+    text_of: TextOfTokens | None = None
+    end_ids: tuple[int, ...] = ()
     _chunks: list[Chunk] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
     _input_tokens: int | None = None
     _output_tokens: int | None = None
+    _queue_s: float | None = None
+    _seen: str = ""
+    """What a cumulative answer has brought so far."""
 
     @property
     def text(self) -> str:
@@ -47,13 +69,22 @@ class CompletionBuilder:
         """
         if not response.tensors:
             return None
-        chunk = chunk_of(response)
         self._count(response)
-        if not (chunk.text or chunk.token_ids or chunk.finish_reason):
+        chunk = self._chunk_of_tokens(response) if self.vocabulary.is_token_ids else chunk_of(response)
+        if self.vocabulary.is_cumulative:
+            chunk = self._what_is_new(chunk)
+        return self._keep(chunk)
+
+    def finish(self) -> Chunk | None:
+        """The answer is whole: what was held back, and the reason where the model does not tell it."""
+        if self._finish_reason is not None:
             return None
-        self._chunks.append(chunk)
-        self._finish_reason = chunk.finish_reason or self._finish_reason
-        return chunk
+        held = self.text_of.flush() if self.text_of is not None else ""
+        reason = self._inferred_reason()
+        if not self.vocabulary.is_token_ids:  # the reason of a text model without one goes to the completion
+            self._finish_reason = reason
+            return None
+        return self._keep(Chunk(held, (), reason))
 
     def cancel(self) -> None:
         """The caller left early."""
@@ -61,29 +92,85 @@ class CompletionBuilder:
 
     def completion(self, timings: Timings, request_id: str) -> Completion:
         """What came, as one completion."""
-        ids = tuple(token for chunk in self._chunks for token in chunk.token_ids)
-        log_probs = tuple(value for chunk in self._chunks for value in chunk.log_probs)
+        wants_ids = self.sampling.return_output_ids or (self.vocabulary.is_token_ids and not self.text_of)
         return Completion(
             text=self.text,
             finish_reason=self._finish_reason,
             usage=self.usage,
-            timings=timings,
+            timings=Timings(timings.total_s, timings.ttft_s, self._queue_s),
             request_id=request_id,
-            token_ids=ids if self.sampling.return_output_ids else None,
-            log_probs=log_probs if self.sampling.return_log_probs else None,
+            token_ids=self._ids() if wants_ids else None,
+            log_probs=(
+                tuple(value for chunk in self._chunks for value in chunk.log_probs)
+                if self.sampling.return_log_probs
+                else None
+            ),
         )
+
+    def set_input_tokens(self, count: int) -> None:
+        """The prompt's length, where the client has counted it."""
+        self._input_tokens = count
+
+    def _ids(self) -> tuple[int, ...]:
+        return tuple(token for chunk in self._chunks for token in chunk.token_ids)
+
+    def _keep(self, chunk: Chunk) -> Chunk | None:
+        if not (chunk.text or chunk.token_ids or chunk.finish_reason):
+            return None
+        self._chunks.append(chunk)
+        self._finish_reason = chunk.finish_reason or self._finish_reason
+        return chunk
+
+    def _chunk_of_tokens(self, response: InferResponse) -> Chunk:
+        ids = _ints(response, self.vocabulary.answer)
+        told = _ints(response, "sequence_length")
+        if told and told[0] < len(ids):  # filled up to the longest of a batch
+            ids = ids[: told[0]]
+        self._output_tokens = (self._output_tokens or 0) + len(ids)
+        log_probs = tuple(float(value) for value in _values(response, "output_log_probs") or ())
+        text = self.text_of.feed(ids) if self.text_of is not None else ""
+        return Chunk(text, ids, None, log_probs[: len(ids)])
+
+    def _what_is_new(self, chunk: Chunk) -> Chunk:
+        """The part of a cumulative answer that no answer before it had.
+
+        Raises:
+            ProtocolError: it takes back what was said.
+        """
+        text = chunk.text
+        if not chunk.finish_reason:
+            text = text.rstrip("\ufffd")  # half a character: the next answer has the whole one
+        if not text.startswith(self._seen):
+            if self._seen.startswith(text):
+                return Chunk("", chunk.token_ids, chunk.finish_reason, chunk.log_probs)
+            raise ProtocolError(f"a streamed answer took back what was said: {self._seen[-20:]!r}")
+        new, self._seen = text[len(self._seen) :], text
+        return Chunk(new, chunk.token_ids, chunk.finish_reason, chunk.log_probs)
+
+    def _inferred_reason(self) -> FinishReason | None:
+        """`stop` or `length` from the number of tokens; None where nobody counted them."""
+        if self._output_tokens is None:
+            return None
+        ids = self._ids() if self.end_ids else ()
+        if ids and ids[-1] in self.end_ids:
+            return "stop"
+        return "length" if self._output_tokens >= self.sampling.max_tokens else "stop"
 
     def _count(self, response: InferResponse) -> None:
         """Each response counts all tokens up to its own, so the last count stands."""
-        inputs, outputs = _ints(response, "num_input_tokens"), _ints(response, "num_output_tokens")
-        if inputs:
-            self._input_tokens = inputs[0]
-        if outputs:
-            self._output_tokens = outputs[0]
+        tensors = response.tensors
+        if "num_input_tokens" in tensors:
+            self._input_tokens = (*_ints(response, "num_input_tokens"), self._input_tokens)[0]
+        if "num_output_tokens" in tensors:
+            self._output_tokens = (*_ints(response, "num_output_tokens"), self._output_tokens)[0]
+        if QUEUE_OUTPUTS[0] in tensors:
+            arrived, scheduled = (_ints(response, name) for name in QUEUE_OUTPUTS)
+            if arrived and scheduled and 0 < arrived[0] <= scheduled[0]:
+                self._queue_s = (scheduled[0] - arrived[0]) / 1e9
 
 
 def chunk_of(response: InferResponse) -> Chunk:
-    """The piece of text that a response with outputs carries.
+    """The piece of text that a text model's response with outputs carries.
 
     Raises:
         ProtocolError: `text_output` is missing or more than one, or the finish reason is unknown.
@@ -93,21 +180,27 @@ def chunk_of(response: InferResponse) -> Chunk:
         raise ProtocolError(f"a response without text_output; it has {', '.join(sorted(response.tensors))}")
     if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
         raise ProtocolError(f"text_output should be one string, got {len(texts)} values: {texts[:2]!r}")
+    tensors = response.tensors
     return Chunk(
         text=str(texts[0]) if texts else "",
-        token_ids=_ints(response, "output_ids"),
-        finish_reason=_finish_reason(response),
-        log_probs=tuple(float(value) for value in _values(response, "output_log_probs") or ()),
+        token_ids=_ints(response, "output_ids") if "output_ids" in tensors else (),
+        finish_reason=_finish_reason(response) if "finish_reason" in tensors else None,
+        log_probs=(
+            tuple(float(value) for value in _values(response, "output_log_probs") or ())
+            if "output_log_probs" in tensors
+            else ()
+        ),
     )
 
 
 def _finish_reason(response: InferResponse) -> FinishReason | None:
-    told = [str(value) for value in _values(response, "finish_reason") or () if value]
-    if not told:  # not the last piece, or a server that does not tell
+    told = [str(value) for value in _values(response, "finish_reason") or ()]
+    reason = _FOREIGN_REASONS.get(told[0], told[0]) if told else ""
+    if not reason:  # not the last piece, or a server that does not tell
         return None
-    if told[0] not in FINISH_REASONS:
-        raise ProtocolError(f"finish_reason is {told[0]!r}, expected one of {', '.join(FINISH_REASONS)}")
-    return cast(FinishReason, told[0])
+    if reason not in FINISH_REASONS:
+        raise ProtocolError(f"finish_reason is {reason!r}, expected one of {', '.join(FINISH_REASONS)}")
+    return cast(FinishReason, reason)
 
 
 def _ints(response: InferResponse, name: str) -> tuple[int, ...]:

@@ -120,7 +120,12 @@ def test_an_older_server_gets_only_what_it_lists() -> None:
         ("output_ids", {"return_output_ids": True}, False, "has no output output_ids"),
         ("stream", {}, True, "has no input stream"),
         ("exclude_input_in_output", {}, False, "has no input exclude_input_in_output"),
-        ("text_input", {}, False, "has no input text_input"),
+        (
+            "text_input",
+            {},
+            False,
+            "speaks no vocabulary of this client; expected inputs text",
+        ),
         ("text_output", {}, False, "has no output text_output"),
     ],
 )

@@ -113,4 +113,8 @@ def test_functions_are_short() -> None:
 
 def test_base_dependencies_are_the_clients() -> None:
     required = [line for line in requires("minitron-trtllm") or [] if "extra ==" not in line]
-    assert {re.split(r"[\[<>=]", line)[0] for line in required} == {"tritonclient", "numpy"}
+    assert {re.split(r"[\[<>=]", line)[0] for line in required} == {
+        "tritonclient",
+        "numpy",
+        "tokenizers",
+    }
