@@ -35,6 +35,10 @@ VERBS: dict[str, Verb] = {
     "inspect": Verb(
         "minitron_build.bundle.inspect_command", "what a checkpoint, engine or bundle is, verified"
     ),
+    "verify": Verb(
+        "minitron_build.verify.verify_command",
+        "is a checkpoint or a bundle as good as its source; exit 1 if not",
+    ),
     "lint": Verb("minitron_build.lint.lint_command", "check a TensorRT-LLM model repository for Triton"),
     "deploy": Verb(
         "minitron_build.deploy.deploy_command", "a Helm chart or Compose file that serves a bundle"

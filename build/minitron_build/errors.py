@@ -5,6 +5,7 @@
     │   ├── CheckpointError   the HF or TensorRT-LLM checkpoint is not what it must be
     │   ├── PlanError         the request contradicts itself, the model or the target
     │   └── MachineError      this machine lacks something: a package, memory, disk, a port, a GPU
+    ├── GateError           measured, and not good enough (exit 1)
     └── StageError          work had begun and failed; nothing that looks whole was left (exit 1)
 
 This module knows nothing of what the stages do.
@@ -45,6 +46,10 @@ class PlanError(RefusedError):
 
 class MachineError(RefusedError):
     """This machine lacks something the stage needs."""
+
+
+class GateError(MinitronError):
+    """Everything was measured, and something misses its threshold."""
 
 
 class StageError(MinitronError):

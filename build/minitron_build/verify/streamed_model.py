@@ -7,7 +7,6 @@ is read once; attention sees one sequence. It knows the order of a forward pass,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -18,8 +17,6 @@ from minitron_build.runtime.reference_engine.linear import Projection, make_proj
 from minitron_build.runtime.reference_engine.rope import RopeTable, rotate
 from minitron_build.verify.spans import Span
 
-QUERY_ROWS = 512
-"""Query rows of one attention call: bounds the scores of an 8,192-token prompt."""
 MLP_ROWS = 2048
 
 
@@ -110,20 +107,23 @@ class StreamedLayer:
         rotated = rotate(heads[:, : num_heads + num_kv_heads], self._rope.at(torch.arange(num_tokens)))
         queries, keys = rotated[:, :num_heads].transpose(0, 1), rotated[:, num_heads:].transpose(0, 1)
         values = heads[:, num_heads + num_kv_heads :].transpose(0, 1)
-        parts = []
-        borders = sorted({*range(0, num_tokens, QUERY_ROWS), reuse_at or 0, num_tokens})
-        for start, end in pairwise(borders):
-            mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    queries[None, :, start:end],
-                    keys[None, :, :end],
-                    values[None, :, :end],
-                    attn_mask=mask,
-                    enable_gqa=True,
-                )[0].transpose(0, 1)
-            )
-        return torch.cat(parts).reshape(num_tokens, -1)
+        if reuse_at is None:
+            attended = _attend(queries, keys, values)
+        else:
+            first = _attend(queries[:, :reuse_at], keys[:, :reuse_at], values[:, :reuse_at])
+            attended = torch.cat((first, _attend(queries[:, reuse_at:], keys, values)), dim=1)
+        return attended.transpose(0, 1).reshape(num_tokens, -1)
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The last queries of a sequence over all its keys: [heads, new, size] over [kv_heads, tokens, size]."""
+    num_new, num_tokens = queries.shape[1], keys.shape[1]
+    mask = None
+    if num_new != num_tokens:
+        mask = torch.ones(num_new, num_tokens, dtype=torch.bool).tril(num_tokens - num_new)
+    return F.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )[0]
 
 
 class Head:
