@@ -35,6 +35,15 @@ class LinkConnection:
                 self._items.append(item)
                 self._ready.notify()
 
+    @property
+    def num_waiting(self) -> int:
+        """Items that the other end has not been sent yet."""
+        return len(self._items)
+
+    def fileno(self) -> int:
+        """The socket's descriptor, -1 when closed."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Send what has been put and hang up."""
         with self._ready:
