@@ -50,6 +50,9 @@ VERBS: dict[str, Verb] = {
     ),
     "generate": Verb("minitron_client.generate_command", "stream one completion from a server"),
     "health": Verb("minitron_client.health_command", "is a server ready, and with which models"),
+    "openai": Verb(
+        "minitron_client.openai.openai_command", "an OpenAI-compatible HTTP server in front of a gRPC server"
+    ),
 }
 
 
@@ -122,5 +125,7 @@ def _one_line(error: Exception) -> str:
 
 def _extra_of(package: str) -> str:
     """Which extra of pyproject.toml brings a missing package."""
-    local = {"torch", "pytriton", "numpy", "transformers"}
-    return "local" if package.split(".", maxsplit=1)[0] in local else "build"
+    top = package.split(".", maxsplit=1)[0]
+    if top in {"fastapi", "uvicorn", "jinja2", "prometheus_client", "starlette"}:
+        return "openai"
+    return "local" if top in {"torch", "pytriton", "numpy", "transformers"} else "build"

@@ -23,6 +23,11 @@ HEAVY = {
     "rich",
     "safetensors",
     "matplotlib",
+    "fastapi",
+    "uvicorn",
+    "pydantic",
+    "jinja2",
+    "prometheus_client",
 }
 
 

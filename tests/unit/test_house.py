@@ -73,6 +73,7 @@ def test_wheel_carries_everything(tmp_path: Path) -> None:
         "minitron_build/_model_repo/ensemble/config.pbtxt",
         "minitron_build/demo_model/checkpoint/model.safetensors",
         "minitron_client/__init__.py",
+        "minitron_client/openai/page/page.js",
     ):
         assert wanted in names
     assert not [

@@ -1,0 +1,138 @@
+"""`minitron openai`: an OpenAI-compatible HTTP server in front of a Minitron server's gRPC port.
+
+It knows flags and the order in which the door is put up and taken down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minitron_client.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from minitron_client.openai.door import DoorSettings
+    from minitron_client.openai.http_server import HttpSettings
+
+KEYS_VARIABLE = "MINITRON_OPENAI_API_KEY"
+DEFAULT_PORT = 9000
+DEFAULT_MODEL = "tensorrt_llm_bls"
+DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_CHAT_TOKENS = 512
+DEFAULT_DRAIN_S = 30
+DEFAULT_BODY_BYTES = 8 * 2**20
+_CANCEL_S = 5.0
+
+
+def configure_parser(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `minitron openai`."""
+    parser.add_argument("--url", help="HOST:PORT of gRPC (default $MINITRON_URL or 127.0.0.1:8001)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="Triton model that answers (default %(default)s)"
+    )
+    parser.add_argument(
+        "--served-model-name", action="append", default=[], metavar="NAME",
+        help="name that requests give, repeatable; answers carry the first (default: the Triton model's)",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default %(default)s)"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE",
+        help=f"keys that are accepted, one a line (default: those in ${KEYS_VARIABLE})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-anonymous", action="store_true", help="listen beyond this machine without any API key"
+    )
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate chain (PEM)"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+    parser.add_argument(
+        "--tokenizer-dir", type=Path, metavar="DIR",
+        help="the served model's tokenizer, for chat and log probabilities (default: ask the server)",
+    )  # fmt: skip
+    for flag, kind, default, text in (
+        ("--timeout-s", float, DEFAULT_TIMEOUT_S, "deadline of a request at the server"),
+        (
+            "--default-chat-tokens",
+            int,
+            DEFAULT_CHAT_TOKENS,
+            "length of a chat answer where none is asked for",
+        ),
+        ("--max-body-bytes", int, DEFAULT_BODY_BYTES, "largest request body"),
+        ("--drain-timeout-s", int, DEFAULT_DRAIN_S, "how long open answers may go on after SIGTERM"),
+    ):
+        parser.add_argument(
+            flag, type=kind, default=default, metavar="N", help=f"{text} (default %(default)s)"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM; the address is printed as JSON once requests are taken."""
+    from minitron_client.openai.http_server import HttpSettings
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    http = HttpSettings(args.host, args.port, args.drain_timeout_s, args.tls_cert, args.tls_key)
+    settings = _settings(args)
+    if asyncio.run(_serve(args, http, settings)) == signal.SIGINT:
+        raise KeyboardInterrupt
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> DoorSettings:
+    from minitron_client.openai.api_keys import read_api_keys
+    from minitron_client.openai.door import DoorSettings
+    from minitron_client.openai.http_server import LOOPBACK
+
+    for name in ("timeout_s", "default_chat_tokens", "max_body_bytes", "drain_timeout_s"):
+        if not getattr(args, name) > 0:
+            raise InvalidValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected above 0")
+    keys = read_api_keys(args.api_key_file)
+    if not keys and args.host not in LOOPBACK and not args.allow_anonymous:
+        raise InvalidValueError(
+            f"--host {args.host} lets other machines in and there is no API key; give --api-key-file, set "
+            f"{KEYS_VARIABLE}, or say --allow-anonymous"
+        )
+    return DoorSettings(
+        model=args.model,
+        served_names=tuple(args.served_model_name) or (args.model,),
+        keys=keys,
+        timeout_s=args.timeout_s,
+        default_chat_tokens=args.default_chat_tokens,
+        max_body_bytes=args.max_body_bytes,
+    )
+
+
+async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSettings) -> signal.Signals:
+    from minitron_client import AsyncMinitronClient
+    from minitron_client.openai.app import make_app
+    from minitron_client.openai.door import Door
+    from minitron_client.openai.http_server import listen, serve, url_of
+    from minitron_client.openai.tokenizer_source import tokenizer_source
+
+    client = AsyncMinitronClient(args.url, model=args.model, timeout_s=settings.timeout_s)
+    try:
+        door = Door(client, settings, await tokenizer_source(args.tokenizer_dir, client))
+        app = make_app(door)
+
+        def drain() -> None:
+            door.is_draining = True
+
+        with listen(http) as listening:
+            address = {"url": f"{url_of(http, listening)}/v1", "models": list(settings.served_names)}
+            print(json.dumps(address | {"triton": args.url or client.url}), flush=True)
+            ended_by = await serve(app, http, listening, drain)
+        await door.running.wait(_CANCEL_S)
+        return ended_by
+    finally:
+        await client.close()

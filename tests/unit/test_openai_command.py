@@ -1,0 +1,86 @@
+"""`minitron openai`: its flags, what it refuses, and a real process that drains on SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from minitron_build.cli import main
+from minitron_client.openai import openai_command
+from minitron_client.openai.api_keys import KEYS_VARIABLE
+from minitron_client.openai.chat import DEFAULT_CHAT_TOKENS
+from minitron_client.openai.door import MAX_BODY_BYTES, REQUEST_TIMEOUT_S
+from minitron_client.settings import DEFAULT_MODEL
+
+RUN = "import sys; from minitron_build.cli import main; sys.exit(main(sys.argv[1:]))"
+NOBODY = "127.0.0.1:1"  # nothing listens there
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+
+
+def test_the_flags_defaults_are_the_doors() -> None:
+    """The flags are read without importing the door, so their defaults are written twice."""
+    ours = openai_command
+    assert ours.KEYS_VARIABLE == KEYS_VARIABLE
+    assert (ours.DEFAULT_TIMEOUT_S, ours.DEFAULT_CHAT_TOKENS) == (REQUEST_TIMEOUT_S, DEFAULT_CHAT_TOKENS)
+    assert (ours.DEFAULT_BODY_BYTES, ours.DEFAULT_MODEL) == (MAX_BODY_BYTES, DEFAULT_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--host", "0.0.0.0"], "lets other machines in and there is no API key"),
+        (["--timeout-s", "0"], "--timeout-s is 0.0, expected above 0"),
+        (["--max-body-bytes", "-1"], "--max-body-bytes is -1, expected above 0"),
+        (["--url", "http://x:1"], "is not HOST:PORT"),
+        (["--tls-cert", "x.pem"], "HTTPS needs --tls-cert and --tls-key"),
+        (["--tls-cert", "x.pem", "--tls-key", "x.pem"], "x.pem: No such file"),
+        (["--api-key-file", "none"], "none: No such file"),
+        (["--tokenizer-dir", "nowhere"], "nowhere has no tokenizer.json"),
+        (["--host", "192.0.2.1", "--allow-anonymous"], "cannot listen on 192.0.2.1:0"),
+    ],
+)
+def test_refusals_are_one_line(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["openai", "--url", NOBODY, "--port", "0", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert says in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_process(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    key = "correct-horse-battery-staple"
+    (tmp_path / "keys").write_text(key)
+    command = [
+        sys.executable, "-c", RUN, "openai", "--url", NOBODY, "--port", "0",
+        "--api-key-file", str(tmp_path / "keys"), "--served-model-name", "mine",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = json.loads(process.stdout.readline())
+        base = said["url"]
+        assert said["models"] == ["mine"]
+        with httpx.Client(headers={"authorization": f"Bearer {key}"}, trust_env=False) as http:
+            assert http.get(f"{base}/models").json()["data"][0]["id"] == "mine"
+            assert http.get(base.removesuffix("/v1") + "/health").status_code == 503
+            answer = http.post(f"{base}/completions", json={"prompt": "x"}, timeout=20)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_unreachable")
+            started_s = time.monotonic()
+            os.kill(process.pid, number)
+            assert process.wait(10) == code
+        assert time.monotonic() - started_s < 5
+        err = process.stderr.read()
+    assert "Traceback" not in err
+    assert key not in err
