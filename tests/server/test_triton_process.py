@@ -371,13 +371,15 @@ import json, sys, urllib.request
 from pathlib import Path
 from minitron_build.cli import _one_line
 from minitron_build.errors import StageError
-from minitron_build.serving.serve import serve
+from minitron_build.serving.serve import announce, serve
+from minitron_build.serving.supervisor import Care
 from minitron_build.serving.triton_server import ServerOptions, free_ports
+from minitron_build.serving.watch import WatchSettings
 
-def probe(server):
+def probe(server, timeout_s):
     request = urllib.request.Request(f"{server.http_url}/v2/models/slow/generate", data=b'{"count": 1}')
     try:
-        urllib.request.urlopen(request, timeout=5).read()
+        urllib.request.urlopen(request, timeout=min(5, timeout_s)).read()
     except OSError as error:
         raise StageError(f"one-token request failed: {error}") from error
 
@@ -386,8 +388,9 @@ options = ServerOptions(
     Path(sys.argv[1]), grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port,
     start_timeout_s=20, drain_timeout_s=float(sys.argv[2]),
 )
+care = Care(restarts=int(sys.argv[3]), watch=WatchSettings(float(sys.argv[4]), 1.0))
 try:
-    sys.exit(serve(options, probe))
+    sys.exit(serve(options, probe, announce, care))
 except StageError as error:
     print(_one_line(error), file=sys.stderr)
     sys.exit(1)
@@ -397,10 +400,10 @@ except StageError as error:
 class Serving:
     """`serve` in a process of its own, as a terminal or an orchestrator runs it."""
 
-    def __init__(self, repo: Path, drain_timeout_s: float) -> None:
+    def __init__(self, repo: Path, drain_timeout_s: float, restarts: int, stall_timeout_s: float) -> None:
         env = {**os.environ, "PYTHONPATH": str(Path(minitron_build.__file__).parents[1])}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(repo), str(drain_timeout_s)],
+            [sys.executable, "-c", SERVE, str(repo), *map(str, (drain_timeout_s, restarts, stall_timeout_s))],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
         )  # fmt: skip
         self.lines: list[str] = []
@@ -414,6 +417,14 @@ class Serving:
                 return document
         raise AssertionError(f"serve ended: {self.process.communicate()[1]}")
 
+    def wait_for_words(self, words: str) -> str:
+        """The next line of stderr that holds them."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if words in line:
+                return line
+        raise AssertionError(f"serve ended without a word of {words!r}")
+
     def end(self, timeout_s: float = 20) -> tuple[int, str]:
         """Exit code and stderr."""
         _, errors = self.process.communicate(timeout=timeout_s)
@@ -426,8 +437,10 @@ class Serving:
 def serving(write_repo: WriteRepo) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
-    def start(model: str = SLOW_MODEL, drain_timeout_s: float = 10) -> Serving:
-        started.append(Serving(write_repo(model), drain_timeout_s))
+    def start(
+        model: str = SLOW_MODEL, drain_timeout_s: float = 10, restarts: int = 0, stall_timeout_s: float = 0
+    ) -> Serving:
+        started.append(Serving(write_repo(model), drain_timeout_s, restarts, stall_timeout_s))
         return started[0]
 
     yield start
@@ -498,6 +511,46 @@ def test_serve_ends_with_one_line_when_triton_dies(serving: Callable[..., Servin
     assert code == 1
     assert errors.startswith("Triton ended by itself with signal SIGKILL")
     assert errors.count("\n") == 1
+
+
+def test_dead_model_process_is_replaced_until_the_restarts_are_used_up(
+    serving: Callable[..., Serving],
+) -> None:
+    served = serving(restarts=1)
+    document = served.wait_until_ready()
+    (stub_pid,) = live_stubs(document["pid"])
+    os.kill(stub_pid, signal.SIGKILL)
+    assert "died (signal SIGKILL" in served.wait_for_words("restart 1 of 1 in 1 s")
+    new_pid = int(served.wait_for_words("ready again").split()[-1])
+    assert read_state(document["pid"]).is_dead
+    assert list(_stream(document["http"], 3)) == [0, 1, 2], "on the same port"
+    (stub_pid,) = live_stubs(new_pid)
+    os.kill(stub_pid, signal.SIGKILL)
+    code, errors = served.end()
+    assert code == 1
+    assert errors.splitlines()[-1].endswith("1 restarts did not help: start minitron serve again")
+    assert read_state(new_pid).is_dead
+
+
+def test_signal_during_the_wait_for_a_restart_ends_it(serving: Callable[..., Serving]) -> None:
+    served = serving(restarts=9)
+    os.kill(served.wait_until_ready()["pid"], signal.SIGKILL)
+    served.wait_for_words("restart 1 of 9")
+    served.process.send_signal(signal.SIGTERM)
+    assert served.end(timeout_s=10)[0] == 130
+
+
+def test_model_process_that_hangs_is_noticed_and_replaced(serving: Callable[..., Serving]) -> None:
+    """Not dead, and Triton's health stays green: only the tokens tell."""
+    served = serving(restarts=1, stall_timeout_s=4)
+    document = served.wait_until_ready()
+    (stub_pid,) = live_stubs(document["pid"])
+    os.kill(stub_pid, signal.SIGSTOP)
+    assert "one-token request failed" in served.wait_for_words("no token came for")
+    served.wait_for_words("ready again")
+    assert list(_stream(document["http"], 2)) == [0, 1]
+    served.process.send_signal(signal.SIGTERM)
+    assert served.end()[0] == 0
 
 
 def test_server_that_does_not_answer_is_not_called_ready(serving: Callable[..., Serving]) -> None:

@@ -26,7 +26,7 @@ import pytest
 import minitron_build
 from minitron_build.errors import MachineError, PlanError, StageError
 from minitron_build.serving import triton_server
-from minitron_build.serving.serve import serve
+from minitron_build.serving.serve import announce, serve
 from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 from minitron_build.serving.triton_stubs import live_session, read_state
 
@@ -116,7 +116,7 @@ def test_one_leads_and_the_others_load_the_engine_only(notes: Path, options: Ser
         assert {_flag(note, "model-repository").resolve() for note in (leader, *followers)} == {
             options.model_repo
         }, "a link to it, which goes with the server"
-    assert "--model-control-mode=explicit" not in leader["argv"]
+    assert leader["argv"][-2:] == ["--model-control-mode=explicit", "--load-model=*"]
     prefixes = set()
     for rank, note in enumerate((leader, *followers)):
         assert note["cwd"] == str(options.model_repo.parent), "the engine's path is relative to the bundle"
@@ -210,10 +210,10 @@ def test_killed_owner_takes_every_rank_along(notes: Path, options: ServerOptions
 def test_serve_drains_on_a_signal(
     notes: Path, options: ServerOptions, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def probe(server: TritonServer) -> None:
+    def probe(server: TritonServer, timeout_s: float) -> None:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
-    assert serve(options, probe) == 0
+    assert serve(options, probe, announce) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["grpc"] == f"127.0.0.1:{options.grpc_port}"
 
 

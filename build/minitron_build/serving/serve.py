@@ -1,39 +1,38 @@
 """`minitron serve`: a bundle behind Triton until a signal, with one line for whatever goes wrong.
 
-It knows the order of checks, what "ready" means to a caller (one token came back) and what each signal
-does. The process itself is triton_server.py's; whether a bundle fits this machine is bundle/binding.py's, and
-which of several does bundle/choice.py's.
+It knows the flags, the order of checks and what is printed. How the server is kept is supervisor.py's, the
+process itself triton_server.py's; whether a bundle fits this machine is bundle/binding.py's, and which of
+several does bundle/choice.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
-import signal
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from minitron_build.errors import StageError
-from minitron_build.serving.triton_log import exit_words
+from minitron_build.serving.supervisor import Care, say, serve
+from minitron_build.serving.token_probe import PROBE_PROMPT, probe_token
 from minitron_build.serving.triton_preflight import find_tritonserver
+from minitron_build.serving.triton_security import (
+    ADMIN_KEY_VARIABLE,
+    API_KEY_VARIABLE,
+    ServerSecurity,
+    read_key,
+)
 from minitron_build.serving.triton_server import ServerOptions, TritonServer, check_before_start
+from minitron_build.serving.watch import WatchSettings
 
 if TYPE_CHECKING:
     from minitron_build.bundle.binding import ServingMachine
     from minitron_build.bundle.bundle import Bundle
     from minitron_build.bundle.choice import Candidate
 
-EXIT_DRAINED, EXIT_INTERRUPTED = 0, 130
-WATCH_INTERVAL_S = 0.2
-PROBE_PROMPT = "def add(a, b):"
-MIN_PROBE_TIMEOUT_S = 10.0
-
-Probe = Callable[[TritonServer], None]
+DEFAULT_CARE = Care(restarts=3, watch=WatchSettings(stall_timeout_s=60.0, probe_interval_s=10.0))
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +68,61 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-path", type=Path, metavar="FILE", help="append Triton's whole log to FILE")
     parser.add_argument("--verbose", action="store_true", help="forward Triton's whole log to stderr")
     parser.add_argument("--skip-hashes", action="store_true", help="do not compare files with the manifest")
+    _add_health_arguments(parser.add_argument_group("health"))
+    _add_security_arguments(parser.add_argument_group("security"))
+
+
+def _add_health_arguments(group: argparse._ArgumentGroup) -> None:
+    watch = DEFAULT_CARE.watch
+    group.add_argument(
+        "--restarts",
+        type=int,
+        default=DEFAULT_CARE.restarts,
+        metavar="N",
+        help="times in a row Triton is started again when it, a model's process or the tokens are gone; then "
+        "exit 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stall-timeout-s",
+        type=float,
+        default=watch.stall_timeout_s,
+        metavar="S",
+        help="seconds without a token after which the server is given up; 0: never (default: %(default)g)",
+    )
+    group.add_argument(
+        "--probe-interval-s",
+        type=float,
+        default=watch.probe_interval_s,
+        metavar="S",
+        help="an idle server is asked for one token so often (default: %(default)g)",
+    )
+    group.add_argument(
+        "--health-port",
+        type=int,
+        metavar="N",
+        help="tell /ready and /live over HTTP there (default: nowhere)",
+    )
+
+
+def _add_security_arguments(group: argparse._ArgumentGroup) -> None:
+    for flag, words in (
+        ("--tls-cert", "PEM certificate chain: gRPC speaks TLS, and HTTP, which cannot, stays on 127.0.0.1"),
+        ("--tls-key", "its private key, without a password"),
+        ("--tls-ca", "PEM certificates of who must have signed the callers' (mutual TLS)"),
+        (
+            "--api-key-file",
+            f"the key that callers must send for text (or ${API_KEY_VARIABLE}); default: none",
+        ),
+        (
+            "--admin-key-file",
+            f"the key that loading a model takes (or ${ADMIN_KEY_VARIABLE}); default: nobody may",
+        ),
+    ):
+        group.add_argument(flag, type=Path, metavar="FILE", help=words)
+    group.add_argument(
+        "--allow-shared-memory", action="store_true", help="let callers on this machine pass tensors so"
+    )
+    group.add_argument("--log-prompts", action="store_true", help="write prompts to the log (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,10 +137,20 @@ def run(args: argparse.Namespace) -> int:
     engine = check_fit(bundle, machine)
     options = _options(args, bundle.model_repo, engine.config.world_size if engine else 1, _start_s(bundle))
     check_before_start(options, install)
+    care = _care(args)
+    _warn_if_open(options)
     if not args.skip_hashes:
-        _say(f"checking the files of {bundle.path}")
+        say(f"checking the files of {bundle.path}")
         bundle.check_files()
-    return serve(options, probe_completion)
+    return serve(options, probe_token, announce, care)
+
+
+def _warn_if_open(options: ServerOptions) -> None:
+    if options.security.is_open(options.address):
+        say(
+            f"warning: whoever reaches {options.address} can use this server; --api-key-file or --tls-ca "
+            "closes it"
+        )
 
 
 def _choose(root: Path, candidates: tuple[Candidate, ...], machine: ServingMachine) -> Bundle:
@@ -94,7 +158,7 @@ def _choose(root: Path, candidates: tuple[Candidate, ...], machine: ServingMachi
 
     choice = choose_bundle(root, candidates, machine)
     for line in choice.lines():
-        _say(line)
+        say(line)
     return choice.bundle
 
 
@@ -123,71 +187,31 @@ def _options(
         verbose=args.verbose,
         log_path=args.log_path,
         world_size=world_size,
+        security=_security(args, os.environ),
+        log_prompts=args.log_prompts,
     )
 
 
-def probe_completion(server: TritonServer) -> None:
-    """One real token through the text path: Triton calls a model ready whose process is dead.
-
-    Raises:
-        StageError: no token came back.
-    """
-    from minitron_client import MinitronClient
-    from minitron_client.errors import MinitronClientError
-
-    timeout_s = max(MIN_PROBE_TIMEOUT_S, server.options.start_timeout_s)
-    try:
-        with MinitronClient(server.grpc_url, timeout_s=timeout_s) as client:
-            client.generate(PROBE_PROMPT, max_tokens=1)
-    except MinitronClientError as error:
-        raise StageError(f"Triton says it is ready, but a request for one token failed: {error}") from error
+def _security(args: argparse.Namespace, environ: Mapping[str, str]) -> ServerSecurity:
+    return ServerSecurity(
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        tls_ca=args.tls_ca,
+        api_key=read_key(args.api_key_file, API_KEY_VARIABLE, environ, "--api-key-file"),
+        admin_key=read_key(args.admin_key_file, ADMIN_KEY_VARIABLE, environ, "--admin-key-file"),
+        allow_shared_memory=args.allow_shared_memory,
+    )
 
 
-def serve(options: ServerOptions, probe: Probe) -> int:
-    """Start Triton, probe it, print where it listens, and stay until a signal or its end.
-
-    SIGTERM and SIGINT drain: streams in flight finish. A second one, or one before it is ready, kills.
-
-    Args:
-        options: how to run Triton.
-        probe: raises StageError when the server, ready by its own word, does not answer.
-
-    Returns:
-        0 after a clean drain, 130 when it was told to stop before it was ready or while it drained.
-
-    Raises:
-        MachineError: refused before the start.
-        StageError: it did not start, did not answer, ended by itself, or did not drain in time.
-    """
-    with _Signals() as signals:
-        server = TritonServer.start(options, on_log=_print_log)
-        signals.server = server
-        try:
-            if not _come_up(server, signals, probe):
-                return EXIT_INTERRUPTED
-            _wait_for_the_end(server, signals)
-            return _drain(server, signals)
-        finally:
-            server.stop(timeout_s=0)
+def _care(args: argparse.Namespace) -> Care:
+    return Care(
+        restarts=args.restarts,
+        watch=WatchSettings(args.stall_timeout_s, args.probe_interval_s),
+        health_port=args.health_port,
+    )
 
 
-def _come_up(server: TritonServer, signals: _Signals, probe: Probe) -> bool:
-    """Whether it came up; False when a signal ended it before."""
-    if signals.have_come():  # while the process was being spawned
-        return False
-    try:
-        server.wait_until_ready()
-        probe(server)
-    except StageError:
-        if signals.have_come():  # the kill was asked for: what failed of it is no news
-            return False
-        raise
-    signals.is_ready = True
-    _announce(server, ready_s=time.monotonic() - server.started_s)
-    return True
-
-
-def _announce(server: TritonServer, ready_s: float) -> None:
+def announce(server: TritonServer, ready_s: float) -> None:
     """Where it listens, for a person and, on the last line, for a program."""
     document: dict[str, Any] = {
         "grpc": server.grpc_url,
@@ -200,62 +224,3 @@ def _announce(server: TritonServer, ready_s: float) -> None:
         print(f"{name:<8} {document[name]}")
     print(f"try      minitron generate {shlex.quote(PROBE_PROMPT)} --url {server.grpc_url} --stream")
     print(json.dumps(document), flush=True)
-
-
-def _wait_for_the_end(server: TritonServer, signals: _Signals) -> None:
-    while not signals.have_come():
-        if server.stub_died:
-            raise StageError(f"{server.stub_died}; Triton does not restart it: start minitron serve again")
-        if not server.is_running:
-            words = exit_words(server.exit_code)
-            raise StageError(f"Triton ended by itself with {words}: {server.failure_reason}")
-        time.sleep(WATCH_INTERVAL_S)
-
-
-def _drain(server: TritonServer, signals: _Signals) -> int:
-    drain_s = server.options.drain_timeout_s
-    _say(f"draining for at most {drain_s:g} s; a second signal stops at once")
-    code = server.stop()
-    if signals.count > 1:
-        return EXIT_INTERRUPTED
-    if code != 0:
-        raise StageError(f"requests in flight did not finish within --drain-timeout-s {drain_s:g}: cut off")
-    return EXIT_DRAINED
-
-
-class _Signals:
-    """SIGTERM and SIGINT while Triton runs: counted; one before it is ready, or a second one, kills it."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.is_ready = False
-        self.server: TritonServer | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def have_come(self) -> bool:
-        """Whether any has come."""
-        return self.count > 0
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        if self.server and (self.count > 1 or not self.is_ready):
-            self.server.kill()
-
-
-def _print_log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _say(words: str) -> None:
-    print(f"minitron: {words}", file=sys.stderr, flush=True)

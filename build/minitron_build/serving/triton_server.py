@@ -24,7 +24,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, BinaryIO, cast
@@ -38,6 +38,7 @@ from minitron_build.serving.triton_ranks import (
     ranks_command,
     read_leader,
 )
+from minitron_build.serving.triton_security import ServerSecurity
 from minitron_build.serving.triton_stubs import (
     describe_death,
     has_dead_children,
@@ -53,6 +54,11 @@ POLL_INTERVAL_S = 0.1
 EXIT_GRACE_S = 5.0  # beyond the drain: Triton looks only once a second whether it may go
 STUB_LOSS_GRACE_S = 10.0  # a server that lost a stub while loading either says why and exits, or hangs
 OWN_PREFIX = "minitron_triton_"
+LOOPBACK = "127.0.0.1"
+LOAD_ALL_FLAGS = ("--model-control-mode=explicit", "--load-model=*")
+"""Every model at the start; afterwards a model comes or goes only when the admin's key asks for it."""
+LOG_PROMPTS_VARIABLE = "MINITRON_LOG_PROMPTS"
+"""Read by the text model; set to 1 or not at all."""
 
 # Told what dies with its parent only from inside the child, before it becomes tritonserver.
 _BOOTSTRAP = """
@@ -80,6 +86,8 @@ class ServerOptions:
         verbose: hand every log line on, not only warnings and errors.
         log_path: file that every log line is appended to.
         world_size: ranks of the engine, one tritonserver and one GPU each; mpirun starts more than one.
+        security: TLS, keys, and which protocols are open.
+        log_prompts: let the text model write prompts to the log; without it, no text of a request is logged.
     """
 
     model_repo: Path
@@ -92,6 +100,8 @@ class ServerOptions:
     verbose: bool = False
     log_path: Path | None = None
     world_size: int = 1
+    security: ServerSecurity = field(default_factory=ServerSecurity)
+    log_prompts: bool = False
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -120,9 +130,14 @@ class ServerOptions:
         return preflight.resolve_ipv4(self.host)
 
     @property
+    def http_address(self) -> str:
+        """Where HTTP listens: Triton's has no TLS, so it is not opened beside a gRPC endpoint that has."""
+        return LOOPBACK if self.security.has_tls else self.address
+
+    @property
     def reachable_address(self) -> str:
         """The address for a caller on this machine."""
-        return "127.0.0.1" if self.address == "0.0.0.0" else self.address
+        return _reachable(self.address)
 
 
 class TritonServer:
@@ -178,7 +193,7 @@ class TritonServer:
     @property
     def http_url(self) -> str:
         """Base URL of the HTTP endpoint."""
-        return f"http://{self.options.reachable_address}:{self.options.http_port}"
+        return f"http://{_reachable(self.options.http_address)}:{self.options.http_port}"
 
     @property
     def metrics_url(self) -> str:
@@ -325,6 +340,9 @@ class TritonServer:
         env = preflight.server_environment(install)
         # PCI order is nvidia-smi's, which checks go by; CUDA's own is fastest first.
         env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **env}
+        env.pop(LOG_PROMPTS_VARIABLE, None)
+        if self.options.log_prompts:
+            env[LOG_PROMPTS_VARIABLE] = "1"
         extra: list[str] = []
         if install.is_wheel:
             backends_dir = preflight.write_layout(install, self._residue.layout_dir)
@@ -347,11 +365,13 @@ class TritonServer:
         world_size, prefix = self.options.world_size, self._residue.prefix
         model_repo = self._residue.link_to(self.options.model_repo)
         if world_size == 1:
-            return [str(install.binary), *_server_flags(self.options, model_repo, prefix), *extra]
+            own = _server_flags(self.options, model_repo, prefix)
+            return [str(install.binary), *own, *LOAD_ALL_FLAGS, *extra]
         flags = [
             [*_server_flags(self.options, model_repo, f"{prefix}{rank}_"), *extra]
             for rank in range(world_size)
         ]
+        flags[0] += LOAD_ALL_FLAGS
         launcher = find_launcher(world_size)
         return ranks_command(launcher, install.binary, flags, self._residue.leader_file)
 
@@ -389,6 +409,7 @@ def check_before_start(options: ServerOptions, install: preflight.TritonInstall)
     if install.is_wheel and preflight.has_python_model(options.model_repo):
         preflight.check_numpy(preflight.installed_numpy())
     preflight.check_machine()
+    options.security.check_files()
     preflight.check_ports(options.address, options.ports)
     if options.log_path:
         _check_log_path(options.log_path)
@@ -411,6 +432,10 @@ def free_ports(count: int = 3) -> tuple[int, ...]:
         return tuple(probe.getsockname()[1] for probe in probes)
 
 
+def _reachable(address: str) -> str:
+    return LOOPBACK if address == "0.0.0.0" else address
+
+
 def _is_plain(path: str) -> bool:
     return re.fullmatch(r"[\w./+-]+", path, re.ASCII) is not None
 
@@ -425,7 +450,7 @@ def _server_flags(options: ServerOptions, model_repo: Path, shm_prefix: str) -> 
     flags: dict[str, object] = {
         "model-repository": model_repo,
         "grpc-address": options.address,
-        "http-address": options.address,
+        "http-address": options.http_address,
         "metrics-address": options.address,
         "grpc-port": options.grpc_port,
         "http-port": options.http_port,
@@ -441,7 +466,11 @@ def _server_flags(options: ServerOptions, model_repo: Path, shm_prefix: str) -> 
     if not Path("/dev/nvidiactl").exists():
         flags["allow-gpu-metrics"] = "false"
     # The configs are complete; completing them would start every Python model twice.
-    return ["--disable-auto-complete-config", *(f"--{name}={value}" for name, value in flags.items())]
+    return [
+        "--disable-auto-complete-config",
+        *(f"--{name}={value}" for name, value in flags.items()),
+        *options.security.flags(),
+    ]
 
 
 def _answers_ok(url: str) -> bool:
