@@ -190,11 +190,15 @@ class AsyncMinitronClient:
 
     async def tokenize(self, text: str) -> list[int]:
         """The token ids that the server makes of a prompt; see `MinitronClient.tokenize`."""
-        return (await self._tokenizer(self._pool.pick(), call_headers(self.settings))).encode(text)
+        return (await self.tokenizer()).encode(text)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids as the server would give it; see `MinitronClient.detokenize`."""
-        return (await self._tokenizer(self._pool.pick(), call_headers(self.settings))).decode(token_ids)
+        return (await self.tokenizer()).decode(token_ids)
+
+    async def tokenizer(self) -> Tokenizer:
+        """The served model's tokenizer; see `MinitronClient.tokenizer`."""
+        return await self._tokenizer(self._pool.pick(), call_headers(self.settings))
 
     async def health(self, *, timeout_s: float | None = None) -> Health:
         """State of the server and of each model in its repository; see `MinitronClient.health`."""

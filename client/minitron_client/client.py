@@ -234,7 +234,7 @@ class MinitronClient:
         Raises:
             UnsupportedError: the server does not hand out its tokenizer.
         """
-        return self._tokenizer(self._pool.pick(), call_headers(self.settings)).encode(text)
+        return self.tokenizer().encode(text)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids as the server would give it.
@@ -242,7 +242,15 @@ class MinitronClient:
         Raises:
             UnsupportedError: the server does not hand out its tokenizer.
         """
-        return self._tokenizer(self._pool.pick(), call_headers(self.settings)).decode(token_ids)
+        return self.tokenizer().decode(token_ids)
+
+    def tokenizer(self) -> Tokenizer:
+        """The served model's tokenizer with all of its files; fetched once.
+
+        Raises:
+            UnsupportedError: the server does not hand out its tokenizer.
+        """
+        return self._tokenizer(self._pool.pick(), call_headers(self.settings))
 
     def health(self, *, timeout_s: float | None = None) -> Health:
         """State of the server and of each model in its repository; of several servers, what any can do.

@@ -64,12 +64,15 @@ class Tokenizer:
     Args:
         tokenizer_json: contents of `tokenizer.json`.
         rules: what goes around the text.
+        files: all files of the tokenizer by name, such as `tokenizer_config.json`.
 
     Raises:
         ProtocolError: it is no tokenizer.
     """
 
-    def __init__(self, tokenizer_json: str, rules: TokenRules) -> None:
+    def __init__(
+        self, tokenizer_json: str, rules: TokenRules, files: Mapping[str, str] | None = None
+    ) -> None:
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -78,7 +81,12 @@ class Tokenizer:
             raise ProtocolError(f"the server's {_TOKENIZER_FILE} is no tokenizer: {error}") from error
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.rules = rules
+        self.rules, self.files = rules, dict(files or {})
+
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` behind it."""
+        return self._backend
 
     def encode(self, text: str) -> list[int]:
         """The ids that the server makes of a prompt, BOS first where it does so.
@@ -163,7 +171,7 @@ def read_tokenizer(response: InferResponse | None, rules: TokenRules) -> Tokeniz
     told = _strings(response, _DIGEST)
     if told != (digest,):
         raise ProtocolError(f"the tokenizer that came has the digest {digest}, the server tells {told}")
-    return Tokenizer(files[_TOKENIZER_FILE], rules)
+    return Tokenizer(files[_TOKENIZER_FILE], rules, files)
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
