@@ -49,6 +49,7 @@ VERBS: dict[str, Verb] = {
         "minitron_build.checkpoint.logits_command", "next-token logits of a TensorRT-LLM checkpoint, as JSON"
     ),
     "generate": Verb("minitron_client.generate_command", "stream one completion from a server"),
+    "bench": Verb("minitron_client.bench.bench_command", "load a server and measure it; compare two results"),
     "health": Verb("minitron_client.health_command", "is a server ready, and with which models"),
     "openai": Verb(
         "minitron_client.openai.openai_command", "an OpenAI-compatible HTTP server in front of a gRPC server"

@@ -1,0 +1,232 @@
+"""Drives one load point: starts requests when they are due and writes down what comes back.
+
+A closed loop has as many workers as requests in flight. An open loop starts a task an arrival, on a thread's
+clock, and waits for none before it starts the next. It knows the client's `stream` and no statistics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from minitron_client.bench.load import Extent, LoadPoint
+from minitron_client.bench.records import RequestRecord
+from minitron_client.bench.watch import GeneratorHealth, Watch
+from minitron_client.bench.workload import Ask
+from minitron_client.errors import MinitronClientError
+from minitron_client.results import Completion
+
+PREPARED_ASKS = 2000
+"""Prompts made before the clock runs; those after them are made in passing."""
+ERROR_PAUSE_S = 0.1
+"""A closed loop's slot rests this long after a failure: a server that refuses at once is not hammered."""
+
+
+class OpenStream(Protocol):
+    """What is used of `AsyncTextStream`."""
+
+    async def __aenter__(self) -> Any: ...
+
+    async def __aexit__(self, *exit: Any) -> None: ...
+
+
+StartStream = Callable[[Ask], Any]
+"""A request's stream, by the client: to be entered, iterated and asked for its `final()`."""
+
+
+@dataclass(slots=True)
+class PointRun:
+    """What a load point left behind.
+
+    Attributes:
+        records: every request that was started, in order, warm-up included.
+        num_warmup: how many of them are warm-up.
+        start_s: when the measured window began: the first measured request was due.
+        end_s: when it ended: the duration was over, or the last measured request was.
+        health: the generator's own.
+        is_partial: it was broken off.
+    """
+
+    records: list[RequestRecord] = field(default_factory=list)
+    num_warmup: int = 0
+    start_s: float = 0.0
+    end_s: float = 0.0
+    health: GeneratorHealth | None = None
+    is_partial: bool = False
+
+    @property
+    def measured(self) -> list[RequestRecord]:
+        """Requests that were due in the window."""
+        return self.records[self.num_warmup :]
+
+
+class Generator:
+    """One load point, driven once.
+
+    Args:
+        start_stream: how a request is sent.
+        point: what load.
+        extent: for how long.
+        asks: what to ask, without end.
+        due_s: an open loop's arrival times after its start; ignored by a closed one.
+    """
+
+    def __init__(
+        self,
+        start_stream: StartStream,
+        point: LoadPoint,
+        extent: Extent,
+        asks: Iterator[Ask],
+        due_s: Iterator[float] | None = None,
+    ) -> None:
+        self._start_stream, self._point, self._extent, self._due_s = start_stream, point, extent, due_s
+        self.run = PointRun(num_warmup=extent.num_warmup(point))
+        self._watch = Watch()
+        self._is_over = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        prepared = PREPARED_ASKS
+        if extent.num_requests is not None:
+            prepared = min(prepared, extent.num_requests + self.run.num_warmup)
+        self._asks = itertools.chain(list(itertools.islice(asks, prepared)), asks)
+
+    async def drive(self) -> PointRun:
+        """Until the extent is reached and every request that was started has ended.
+
+        Cancelled, it breaks off what runs and leaves `run` marked as partial.
+        """
+        self._watch.start()
+        try:
+            await (self._drive_closed() if self._point.loop == "closed" else self._drive_open())
+        except asyncio.CancelledError:
+            self.run.is_partial = True
+            raise
+        finally:
+            self._is_over = True
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._close_window()
+            await self._watch.stop()
+        return self.run
+
+    @property
+    def num_ended(self) -> int:
+        """Requests that have ended, for whoever shows progress."""
+        return sum(record.ended_s is not None for record in self.run.records)
+
+    # closed loop
+
+    async def _drive_closed(self) -> None:
+        for _ in range(int(self._point.level)):
+            self._spawn(self._work())
+        await asyncio.gather(*self._tasks)
+
+    async def _work(self) -> None:
+        while True:
+            now_s = time.perf_counter()
+            if self._is_complete(now_s):
+                return
+            record = self._admit(now_s)
+            await self._ask(next(self._asks), record)
+            if record.error:
+                await asyncio.sleep(ERROR_PAUSE_S)
+
+    # open loop
+
+    async def _drive_open(self) -> None:
+        """Arrivals come from a thread: an event loop's own timers are a millisecond coarse."""
+        loop, over, done = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
+        start_s = time.perf_counter()
+
+        def arrive(due_s: float) -> None:
+            if self._is_complete(due_s):
+                over.set()
+            else:
+                self._spawn(self._ask(next(self._asks), self._admit(due_s)))
+
+        def keep_time() -> None:
+            for due_s in self._due_s or ():
+                if over.wait(max(0.0, start_s + due_s - time.perf_counter())):
+                    break
+                loop.call_soon_threadsafe(arrive, start_s + due_s)
+            loop.call_soon_threadsafe(done.set)
+
+        clock = threading.Thread(target=keep_time, name="bench-arrivals", daemon=True)
+        clock.start()
+        try:
+            await done.wait()
+            await asyncio.gather(*self._tasks)
+        finally:
+            over.set()
+            clock.join()  # at once: it waits on `over` only
+
+    # both
+
+    def _is_complete(self, now_s: float) -> bool:
+        """Whether a request that is due now would come after the extent's end."""
+        if self._is_over:
+            return True
+        num_measured = len(self.run.records) - self.run.num_warmup
+        if self._extent.num_requests is not None:
+            return num_measured >= self._extent.num_requests
+        return num_measured > 0 and now_s >= self.run.start_s + (self._extent.duration_s or 0.0)
+
+    def _admit(self, due_s: float) -> RequestRecord:
+        record = RequestRecord(len(self.run.records), due_s)
+        self.run.records.append(record)
+        if record.index == self.run.num_warmup:
+            self.run.start_s = due_s
+            self._watch.open_window()
+        return record
+
+    async def _ask(self, ask: Ask, record: RequestRecord) -> None:
+        """One request, to its end; what goes wrong is the record's."""
+        clock, times, counts = time.perf_counter, record.chunk_times, record.tokens_so_far
+        record.sent_s = clock()
+        try:
+            async with self._start_stream(ask) as stream:
+                async for chunk in stream:
+                    times.append(clock())
+                    if chunk.text and record.first_text is None:
+                        record.first_text = len(times) - 1
+                    tokens = stream.usage.output_tokens
+                    if tokens is not None:
+                        counts.append(tokens)
+                completion = await stream.final()
+            _note_end(record, completion)
+        except MinitronClientError as error:
+            record.error, record.error_text = type(error).__name__, error.message
+        record.ended_s = clock()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._drop)
+
+    def _drop(self, task: asyncio.Task[None]) -> None:
+        """A finished task is forgotten; one that failed by a mistake of ours stays for `gather` to raise."""
+        if task.cancelled() or task.exception() is None:
+            self._tasks.discard(task)
+
+    def _close_window(self) -> None:
+        run = self.run
+        run.end_s = max([run.start_s, *(record.ended_s or 0.0 for record in run.records)])
+        if self._extent.duration_s is not None and not run.is_partial:
+            run.end_s = run.start_s + self._extent.duration_s
+        num_chunks = sum(
+            sum(time_s >= run.start_s for time_s in record.chunk_times) for record in run.records
+        )
+        run.health = self._watch.health(num_chunks, [record.send_delay_s for record in run.measured])
+
+
+def _note_end(record: RequestRecord, completion: Completion) -> None:
+    record.input_tokens = completion.usage.input_tokens
+    record.output_tokens = completion.usage.output_tokens
+    record.finish_reason = completion.finish_reason or ""
+    if len(record.tokens_so_far) != len(record.chunk_times):
+        del record.tokens_so_far[:]  # counted in some chunks only: then it cannot be placed

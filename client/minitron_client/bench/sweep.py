@@ -1,0 +1,307 @@
+"""A benchmark from its settings to its result: checks the server, makes the workload, drives every point.
+
+It knows the order of things; each thing is another module's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron_client.bench.arrivals import arrival_times
+from minitron_client.bench.generator import Generator, PointRun, StartStream
+from minitron_client.bench.lengths import Lengths
+from minitron_client.bench.load import Extent, LoadPoint
+from minitron_client.bench.measure import Measurement, measure
+from minitron_client.bench.prompts import WordCosts, guessed_costs, measured_costs, tokenizer_file
+from minitron_client.bench.refusal import BenchError
+from minitron_client.bench.result import SCHEMA, BenchResult, PointResult
+from minitron_client.bench.result import Workload as WorkloadRecord
+from minitron_client.bench.slo import Slo
+from minitron_client.bench.trace import TraceRow
+from minitron_client.bench.workload import ARRIVAL_STREAM, Ask, DrawnWorkload, TraceWorkload, Workload
+from minitron_client.errors import NotFoundError, UnsupportedError
+from minitron_client.sampling import SamplingParams
+from minitron_client.tensors import ModelMetadata
+
+if TYPE_CHECKING:
+    from minitron_client import AsyncMinitronClient
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What to measure.
+
+    Attributes:
+        points: load points, each driven `repeats` times.
+        extent: how long each lasts.
+        prompt_tokens: lengths of prompts; ignored with a trace.
+        output_tokens: lengths of answers; ignored with a trace.
+        trace: the rows of a trace, empty without.
+        trace_path: its file.
+        sampling: sampling options; the lengths come from the workload.
+        is_exact_output: hold answers to their length with `min_tokens`, where the model has it.
+        slos: bounds that a good request meets.
+        repeats: runs of each point, all points in turn.
+        seed: of lengths, words and arrivals.
+        tokenizer: a tokenizer.json or its folder; None asks the server's own.
+        timeout_s: deadline of a request, from sending.
+    """
+
+    points: tuple[LoadPoint, ...]
+    extent: Extent
+    prompt_tokens: Lengths
+    output_tokens: Lengths
+    trace: tuple[TraceRow, ...] = ()
+    trace_path: Path | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    is_exact_output: bool = True
+    slos: tuple[Slo, ...] = ()
+    repeats: int = 1
+    seed: int = 0
+    tokenizer: Path | None = None
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.repeats <= 1000:
+            raise BenchError(f"--repeats {self.repeats}: expected 1 to 1000")
+        if self.seed < 0:
+            raise BenchError(f"--seed {self.seed}: expected 0 or more")
+        for name in ("max_tokens", "min_tokens"):
+            if name in self.sampling:
+                raise BenchError(f"--sampling {name}: lengths come from --output-tokens")
+        self.params(2, is_exact=False)  # refuses what contradicts itself
+
+    def params(self, output_tokens: int, *, is_exact: bool) -> SamplingParams:
+        """Sampling of one request."""
+        lengths = {"max_tokens": output_tokens} | ({"min_tokens": output_tokens} if is_exact else {})
+        return SamplingParams.of(self.sampling | lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Told to whoever shows it; `run` is None between load points."""
+
+    label: str
+    number: int
+    total: int
+    generator: Generator | None = None
+    measurement: Measurement | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Sweep:
+    """One benchmark; `result` can be asked for after `run`, also after it was cancelled.
+
+    Args:
+        client: has no retries: a load generator must not hide a failure.
+        settings: what to measure.
+        on_progress: called before and after each load point.
+    """
+
+    def __init__(
+        self,
+        client: AsyncMinitronClient,
+        settings: BenchSettings,
+        on_progress: OnProgress = lambda told: None,
+    ) -> None:
+        self._client, self._settings, self._on_progress = client, settings, on_progress
+        self._started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._runs: dict[LoadPoint, list[Measurement]] = {}
+        self._notes: list[str] = []
+        self._is_exact = False
+        self._prompt_source = ""
+        self._is_partial = False
+        self.request_rows: list[dict[str, Any]] = []
+
+    async def run(self) -> None:
+        """Check the server with one request, then drive every point.
+
+        Raises:
+            MinitronClientError: no server, no such model, or it refuses the workload.
+        """
+        model = await self._check_server()
+        self._is_exact = self._settings.is_exact_output and "min_tokens" in model.inputs
+        if self._settings.is_exact_output and not self._is_exact:
+            self._notes.append("the model takes no min_tokens: answers may end before their length")
+        workload = await self._workload()
+        await self._probe(next(workload.asks((0, 0))))
+        total, number = len(self._settings.points) * self._settings.repeats, 0
+        for repeat in range(self._settings.repeats):
+            for place, point in enumerate(self._settings.points):
+                number += 1
+                await self._drive(point, workload, (place, repeat), Progress(point.label, number, total))
+
+    def result(self) -> BenchResult:
+        """What has been measured so far."""
+        settings = self._settings
+        points = tuple(PointResult(point, tuple(runs)) for point, runs in self._runs.items())
+        return BenchResult(
+            schema=SCHEMA,
+            started_at=self._started_at,
+            url=str(self._client.url),
+            model=self._client.model,
+            workload=self._workload_record(),
+            extent=dataclasses.asdict(settings.extent) | {"repeats": settings.repeats},
+            points=points,
+            machine=_machine(),
+            notes=tuple(self._notes),
+            is_partial=self._is_partial,
+        )
+
+    async def _check_server(self) -> ModelMetadata:
+        health = await self._client.health()
+        model = self._client.model
+        if not health.live:
+            raise BenchError(
+                f"no server at {self._client.url}: {health.reason}; start one with minitron serve"
+            )
+        if health.models and model not in health.models:
+            served = ", ".join(sorted(health.models))
+            raise NotFoundError(f"{self._client.url} has no model {model}; it has {served}; give --model")
+        return await self._client.metadata()
+
+    async def _workload(self) -> Workload:
+        settings = self._settings
+        if settings.trace:
+            needs_words = any(row.prompt is None for row in settings.trace)
+            costs = await self._word_costs() if needs_words else guessed_costs()
+            self._prompt_source = self._prompt_source or "trace"
+            return TraceWorkload(settings.trace, costs, settings.seed)
+        costs = await self._word_costs()
+        return DrawnWorkload(settings.prompt_tokens, settings.output_tokens, costs, settings.seed)
+
+    async def _word_costs(self) -> WordCosts:
+        if self._settings.tokenizer is not None:
+            self._prompt_source = "local tokenizer"
+            return await measured_costs(tokenizer_file(self._settings.tokenizer))
+        try:
+            costs = await measured_costs(self._client.tokenize)
+        except ModuleNotFoundError as error:
+            return self._guessed(f"package {error.name} is missing: minitron-trtllm[bench] brings it")
+        except (NotFoundError, UnsupportedError) as error:
+            return self._guessed(f"the server offers no tokenizer ({error.message}); --tokenizer gives one")
+        self._prompt_source = "server tokenizer"
+        return costs
+
+    def _guessed(self, reason: str) -> WordCosts:
+        self._prompt_source = "word count"
+        self._notes.append(f"prompt lengths are in words and not exact, because {reason}")
+        return guessed_costs()
+
+    async def _probe(self, ask: Ask) -> None:
+        """One request before any load: what the server refuses it refuses here, in one line."""
+        async with self._start_stream(ask) as stream:
+            completion = await stream.final()
+        found = completion.usage.input_tokens
+        if found is None:
+            self._notes.append("the server does not count prompt tokens; lengths are those that were wanted")
+        elif ask.input_tokens is not None and found != ask.input_tokens:
+            self._notes.append(
+                f"a prompt of {ask.input_tokens} tokens was {found} by the server's count: see prompt tokens"
+            )
+
+    def _start_stream(self, ask: Ask) -> Any:
+        sampling = self._settings.params(ask.output_tokens, is_exact=self._is_exact)
+        return self._client.stream(ask.prompt, sampling=sampling, timeout_s=self._settings.timeout_s)
+
+    async def _drive(
+        self, point: LoadPoint, workload: Workload, run: tuple[int, int], progress: Progress
+    ) -> None:
+        start_stream: StartStream = self._start_stream
+        generator = Generator(
+            start_stream, point, self._settings.extent, workload.asks(run), self._due_s(point, run)
+        )
+        self._on_progress(dataclasses.replace(progress, generator=generator))
+        try:
+            await generator.drive()
+        except asyncio.CancelledError:
+            self._is_partial = True
+            raise
+        finally:
+            if generator.run.measured:
+                measurement = measure(generator.run, self._settings.slos)
+                self._runs.setdefault(point, []).append(measurement)
+                self.request_rows += _request_rows(point, run[1], generator.run)
+                self._on_progress(dataclasses.replace(progress, measurement=measurement))
+
+    def _due_s(self, point: LoadPoint, run: tuple[int, int]) -> Iterator[float] | None:
+        if point.loop == "closed":
+            return None
+        if point.loop == "trace":
+            return iter([row.timestamp_s or 0.0 for row in self._settings.trace])
+        import numpy as np
+
+        rng = np.random.default_rng([self._settings.seed, ARRIVAL_STREAM, run[1]])
+        return arrival_times(point.arrival, point.level, rng)
+
+    def _workload_record(self) -> WorkloadRecord:
+        settings = self._settings
+        digest = ""
+        if settings.trace_path is not None:
+            digest = hashlib.sha256(settings.trace_path.read_bytes()).hexdigest()
+        return WorkloadRecord(
+            prompt_tokens="trace" if settings.trace else str(settings.prompt_tokens),
+            output_tokens="trace" if settings.trace else str(settings.output_tokens),
+            trace=digest,
+            sampling=dict(settings.sampling),
+            is_exact_output=self._is_exact,
+            prompt_source=self._prompt_source,
+            seed=settings.seed,
+            slos={slo.name: 1000 * slo.limit_s for slo in settings.slos},
+        )
+
+
+def _request_rows(point: LoadPoint, repeat: int, run: PointRun) -> list[dict[str, Any]]:
+    """A row a request; times are seconds, `due_s` counts from the window's start."""
+    return [
+        {
+            "loop": point.loop,
+            "level": point.level,
+            "repeat": repeat + 1,
+            "index": record.index,
+            "is_warmup": record.index < run.num_warmup,
+            "due_s": record.scheduled_s - run.start_s,
+            "send_delay_s": record.send_delay_s,
+            "ttft_s": record.ttft_s,
+            "itl_s": record.itl_s,
+            "tpot_s": record.tpot_s,
+            "request_latency_s": record.request_latency_s,
+            "input_tokens": record.input_tokens,
+            "output_tokens": record.output_tokens,
+            "num_chunks": len(record.chunk_times),
+            "finish_reason": record.finish_reason,
+            "error": record.error,
+            "error_text": record.error_text,
+        }
+        for record in run.records
+    ]
+
+
+def _machine() -> dict[str, Any]:
+    packages = ("minitron-trtllm", "tritonclient", "grpcio", "protobuf", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
