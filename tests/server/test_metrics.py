@@ -5,7 +5,9 @@ Run with: pytest tests/server/test_metrics.py
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
 import re
 import time
 import urllib.request
@@ -17,6 +19,7 @@ from triton_calls import Channel, message
 
 from minitron_build.runtime.metrics import ENGINE_METRICS, FLUSH_INTERVAL_S, HISTOGRAM, REQUEST_METRICS
 from minitron_build.serving.triton_server import TritonServer
+from minitron_client import health_command
 
 TEXT, TOKENS = "tensorrt_llm_bls", "tensorrt_llm"
 LINE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
@@ -107,3 +110,28 @@ async def test_gauges_rise_and_return_to_zero(running_server: TritonServer, chan
     assert 0 < busy[used] <= busy[f'minitron_kv_cache_capacity_tokens{{model="{TOKENS}"}}']
     assert idle[used] == 0
     assert idle[f'minitron_engine_up{{model="{TOKENS}"}}'] == 1
+
+
+async def test_health_shows_models_versions_queue_kv_cache_and_speed(
+    running_server: TritonServer, channel: Channel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"text_input": "x", "max_tokens": 1900, "stream": True, "end_id": -1}
+    call = channel.open(message(TEXT, asked))
+    await call.read()
+    words = ["--url", running_server.grpc_url, "--metrics-url", running_server.metrics_url]
+    parser = argparse.ArgumentParser()
+    health_command.configure_parser(parser)
+    await asyncio.sleep(2 * FLUSH_INTERVAL_S)  # the gauge has been handed over
+    code = await asyncio.to_thread(health_command.run, parser.parse_args(words))
+    call.cancel()
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads(lines[-1])
+    assert code == 0
+    assert document["models"][TEXT]
+    assert document["versions"][TEXT] == ["1"]
+    load = document["load"]
+    assert load["running_requests"] == 1
+    assert 0 < load["kv_cache_used"] < 1
+    assert load["output_tokens_per_s"] > 0
+    for words_of_line in ("1 running, 0 waiting", "% of", "tokens/s"):
+        assert any(words_of_line in line for line in lines[:-1])

@@ -544,16 +544,18 @@ def test_generate_refuses_before_it_sends(fake: FakeTriton) -> None:
 
 def test_health_prints_a_table_and_json(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> None:
     fake.models = {"tensorrt_llm_bls": "READY", "ensemble": "UNAVAILABLE"}
-    assert run_command(health_command, "--url", fake.url) == 0
+    assert run_command(health_command, "--url", fake.url, "--metrics-url", "none") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("  ready")
     assert [line.split() for line in lines[1:3]] == [
         ["ensemble", "not", "ready"],
-        ["tensorrt_llm_bls", "ready"],
+        ["tensorrt_llm_bls", "ready,", "version", "1"],
     ]
-    assert json.loads(lines[-1])["models"] == {"ensemble": False, "tensorrt_llm_bls": True}
+    document = json.loads(lines[-1])
+    assert document["models"] == {"ensemble": False, "tensorrt_llm_bls": True}
+    assert document["versions"] == {"ensemble": [], "tensorrt_llm_bls": ["1"]}
     fake.is_ready = False
-    assert run_command(health_command, "--url", fake.url) == 1
+    assert run_command(health_command, "--url", fake.url, "--metrics-url", "none") == 1
     assert "live, not ready" in capsys.readouterr().out
 
 
