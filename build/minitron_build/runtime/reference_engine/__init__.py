@@ -3,8 +3,10 @@
 Token ids in, token ids out. It knows nothing of text, tokenizers, Triton or how a checkpoint is made.
 """
 
-from .checkpoint import CheckpointConfig, UnsupportedCheckpointError, read_checkpoint_config
+from .checkpoint import CheckpointReader, ModelSource, StoredLayer, StoredLinear
+from .config import CheckpointConfig, UnsupportedCheckpointError, read_checkpoint_config
 from .engine import EngineStats, ReferenceEngine
+from .layerwise import LayerRunner, OutputHead, open_checkpoint
 from .llama import LlamaModel
 from .request import (
     EngineLimits,
@@ -18,16 +20,23 @@ from .request import (
 
 __all__ = [
     "CheckpointConfig",
+    "CheckpointReader",
     "EngineLimits",
     "EngineOutput",
     "EngineStats",
     "GenerationRequest",
+    "LayerRunner",
     "LlamaModel",
+    "ModelSource",
+    "OutputHead",
     "QueueFullError",
     "ReferenceEngine",
     "RequestError",
     "RequestTimes",
     "SamplingConfig",
+    "StoredLayer",
+    "StoredLinear",
     "UnsupportedCheckpointError",
+    "open_checkpoint",
     "read_checkpoint_config",
 ]

@@ -8,21 +8,34 @@ from __future__ import annotations
 
 import torch
 
+from .config import CheckpointConfig
+from .fp8 import E4M3, dequantize, quantize
+from .linear import Compute
+
 TOKENS_PER_BLOCK = 64
 
 
 class SequenceKvCache:
-    """KV cache of one sequence, one tensor per layer."""
+    """KV cache of one sequence, one tensor per layer; FP8, one byte a number, or the compute dtype."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
-        self._num_kv_heads, self._head_size, self._dtype = num_kv_heads, head_size, dtype
+    def __init__(self, config: CheckpointConfig, compute: Compute, num_layers: int, *, is_fp8: bool) -> None:
+        self._num_kv_heads, self._head_size = config.num_key_value_heads, config.head_size
+        self._compute = compute
+        self._stored_dtype = E4M3 if is_fp8 else compute.dtype
         self._layers = [self._empty(0) for _ in range(num_layers)]
         self._capacity = 0
         self.length = 0
 
     def _empty(self, capacity: int) -> torch.Tensor:
         # [keys and values, kv_heads, capacity, head_size]
-        return torch.empty(2, self._num_kv_heads, capacity, self._head_size, dtype=self._dtype)
+        shape = (2, self._num_kv_heads, capacity, self._head_size)
+        return torch.empty(shape, dtype=self._stored_dtype, device=self._compute.device)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in all layers together."""
+        numbers = 2 * len(self._layers) * self._num_kv_heads * self._head_size
+        return numbers * self._stored_dtype.itemsize
 
     @property
     def num_blocks(self) -> int:
@@ -46,17 +59,28 @@ class SequenceKvCache:
                 self._layers[layer] = new
         self._capacity = capacity
 
-    def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(
+        self, layer: int, new: torch.Tensor, scaling_factor: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put a layer's new keys and values [2, kv_heads, new, head_size] behind the old ones.
 
+        Args:
+            layer: which.
+            new: in the compute dtype, keys behind RoPE.
+            scaling_factor: of an FP8 cache, which rounds what it is given; None for any other.
+
         Returns:
-            All keys and all values of the layer, each [1, kv_heads, length + new, head_size]. `length` itself
-            moves in `advance`, after the last layer.
+            All keys and all values of the layer, each [1, kv_heads, length + new, head_size], as the cache
+            holds them. `length` itself moves in `advance`, after the last layer.
         """
         end = self.length + new.shape[2]
         held = self._layers[layer]
-        held[:, :, self.length : end] = new
-        return held[:1, :, :end], held[1:, :, :end]
+        if scaling_factor is None:
+            held[:, :, self.length : end] = new
+            return held[:1, :, :end], held[1:, :, :end]
+        held[:, :, self.length : end] = quantize(new, scaling_factor)
+        wide = dequantize(held[:, :, :end], scaling_factor, self._compute.dtype)
+        return wide[:1], wide[1:]
 
     def advance(self, num_tokens: int) -> None:
         """Count the tokens that every layer has written."""

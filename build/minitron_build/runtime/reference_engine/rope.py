@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from .checkpoint import CheckpointConfig, Llama3RopeScaling
+from .config import CheckpointConfig, Llama3RopeScaling
+from .linear import Compute
 
 
 def inverse_frequencies(config: CheckpointConfig) -> torch.Tensor:
@@ -37,11 +38,11 @@ def _llama3_scaled(inv_freq: torch.Tensor, scaling: Llama3RopeScaling) -> torch.
 class RopeTable:
     """Cosines and sines of every position below `max_positions`, in the compute dtype."""
 
-    def __init__(self, config: CheckpointConfig, max_positions: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: CheckpointConfig, max_positions: int, compute: Compute) -> None:
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(config))
         # [max_positions, 1, head_size]; the middle dimension is the heads'.
-        self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(dtype)[:, None, :]
-        self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(dtype)[:, None, :]
+        self.cos = compute.owned(torch.cat((angles.cos(), angles.cos()), dim=-1))[:, None, :]
+        self.sin = compute.owned(torch.cat((-angles.sin(), angles.sin()), dim=-1))[:, None, :]
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [tokens, 1, head_size] of `positions` [tokens], for `rotate`."""

@@ -16,7 +16,13 @@ import torch
 
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+}
 
 
 class SafetensorsError(ValueError):
@@ -90,7 +96,7 @@ class SafetensorsFile:
         """A view of one tensor in the map, in the dtype it has on disk; copy it before the file goes.
 
         Raises:
-            SafetensorsError: a dtype that is not a plain float, or a shape that contradicts the size.
+            SafetensorsError: a dtype that no checkpoint of ours has, or a shape that contradicts the size.
         """
         entry = self._entries[name]
         dtype = TORCH_DTYPES.get(entry["dtype"])
@@ -107,3 +113,7 @@ class SafetensorsFile:
             )
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._data_start + begin)
         return flat.reshape(entry["shape"])
+
+    def release(self) -> None:
+        """Give the pages read so far back to the kernel; views made before read them again when used."""
+        self._map.madvise(mmap.MADV_DONTNEED)
