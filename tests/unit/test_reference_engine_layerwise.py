@@ -126,3 +126,11 @@ def test_what_the_model_cannot_do_is_refused(checkpoints: dict[str, Path]) -> No
         LayerRunner(source, max_seq_len=131073)
     with pytest.raises(ValueError, match="compute_dtype is 'int8'"):
         LayerRunner(source, max_seq_len=8, compute_dtype="int8")
+
+
+def test_a_reused_kv_cache_changes_nothing_but_where_chunks_begin(checkpoints: dict[str, Path]) -> None:
+    runner = LayerRunner(open_checkpoint(checkpoints["bf16"]), max_seq_len=300)
+    hidden = runner.embed(SEQUENCES)
+    whole, reused = runner.run_layer(0, hidden), runner.run_layer(0, hidden, reuse_at={1: 256, 0: 3})
+    assert torch.equal(whole[1], reused[1])  # 256 is where a chunk begins anyway
+    torch.testing.assert_close(whole[0], reused[0], rtol=1e-4, atol=1e-5)

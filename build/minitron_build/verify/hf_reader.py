@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from minitron_build.checkpoint.weight_map import WEIGHT_MAP, Stage
-from minitron_build.runtime.reference_engine.checkpoint import CheckpointConfig, Llama3RopeScaling
+from minitron_build.runtime.reference_engine.checkpoint import StoredLayer, StoredLinear
+from minitron_build.runtime.reference_engine.config import CheckpointConfig, Llama3RopeScaling
 from minitron_build.runtime.reference_engine.safetensors_file import SafetensorsFile
 from minitron_build.source.hf_checkpoint import HfCheckpoint
 from minitron_build.source.model_config import ModelConfig
@@ -47,25 +48,35 @@ class HfReader:
         """The token embedding, [vocab_size, hidden_size]."""
         return self._load("model.embed_tokens.weight")
 
-    def lm_head(self) -> torch.Tensor:
+    def lm_head(self) -> StoredLinear:
         """The output projection, [vocab_size, hidden_size]; the embedding where the two are tied."""
-        return self.embedding() if self.config.tie_word_embeddings else self._load("lm_head.weight")
+        is_tied = self.config.tie_word_embeddings
+        return StoredLinear(self.embedding() if is_tied else self._load("lm_head.weight"))
 
     def final_norm(self) -> torch.Tensor:
         """The last RMSNorm's weight, [hidden_size]."""
         return self._load("model.norm.weight")
 
-    def stored_inverse_frequencies(self) -> torch.Tensor | None:
-        """An HF checkpoint's config alone says what its RoPE is."""
-        return None
+    def layer(self, index: int) -> StoredLayer:
+        """The tensors of one layer; qkv is [q; k; v] of all heads."""
+        return StoredLayer(
+            input_layernorm=self._joined("input_layernorm", index),
+            qkv=StoredLinear(self._joined("attention.qkv", index)),
+            dense=StoredLinear(self._joined("attention.dense", index)),
+            post_layernorm=self._joined("post_layernorm", index),
+            fc=StoredLinear(self._joined("mlp.fc", index)),
+            gate=StoredLinear(self._joined("mlp.gate", index)),
+            proj=StoredLinear(self._joined("mlp.proj", index)),
+        )
 
-    def layer(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of one layer under their TensorRT-LLM names; qkv is [q; k; v] of all heads."""
-        tensors = {}
-        for name, templates in _LAYER_SOURCES.items():
-            parts = [self._load(template.format(index)) for template in templates]
-            tensors[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return tensors
+    def release(self) -> None:
+        """Give the pages of the shards back."""
+        for file in self._files.values():
+            file.release()
+
+    def _joined(self, name: str, index: int) -> torch.Tensor:
+        parts = [self._load(template.format(index)) for template in _LAYER_SOURCES[f"{name}.weight"]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def engine_config(config: ModelConfig) -> CheckpointConfig:

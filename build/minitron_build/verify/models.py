@@ -10,7 +10,7 @@ from minitron_build.errors import CheckpointError
 from minitron_build.verify.thresholds import EXACT, ROUNDED
 
 if TYPE_CHECKING:
-    from minitron_build.runtime.reference_engine.checkpoint import CheckpointConfig
+    from minitron_build.runtime.reference_engine.config import CheckpointConfig
     from minitron_build.verify.streamed_model import StreamedModel
 
 SHAPE = (
@@ -46,20 +46,17 @@ def open_models(checkpoint_dir: Path, source_dir: Path, *, max_tokens: int) -> M
     Raises:
         CheckpointError: one of the two cannot be executed, or they are not of one shape.
     """
-    from minitron_build.runtime.reference_engine.checkpoint import (
-        CheckpointReader,
-        UnsupportedCheckpointError,
-        read_checkpoint_config,
-    )
+    from minitron_build.runtime.reference_engine import UnsupportedCheckpointError, open_checkpoint
     from minitron_build.source.model_config import ModelConfig
     from minitron_build.verify.hf_reader import HfReader
     from minitron_build.verify.streamed_model import StreamedModel
 
     source_reader = HfReader(source_dir)
     try:
-        config = read_checkpoint_config(checkpoint_dir)
+        reader = open_checkpoint(checkpoint_dir)
+        config = reader.config
         _check_shape(source_reader.config, config, checkpoint_dir, source_dir)
-        candidate = StreamedModel(CheckpointReader(checkpoint_dir, config), max_tokens=max_tokens)
+        candidate = StreamedModel(reader, max_tokens=max_tokens)
     except UnsupportedCheckpointError as error:
         raise CheckpointError(str(error)) from None
     source = StreamedModel(source_reader, max_tokens=max_tokens)

@@ -18,19 +18,21 @@ layer put together from two: `runner.run_stored(dataclasses.replace(fp8_layer, q
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from .checkpoint import CheckpointReader, ModelSource, StoredLayer
-from .config import read_checkpoint_config
+from .config import CheckpointConfig, read_checkpoint_config
 from .decoder import DecoderLayer, Rows, rms_norm
 from .kv_cache import SequenceKvCache
 from .linear import Compute, make_projections
 from .llama import COMPUTE_DTYPES, PREFILL_CHUNK_TOKENS, check_compute, check_frequencies, default_num_threads
 from .rope import RopeTable
+
+NO_REUSE: Mapping[int, int] = {}
 
 
 def open_checkpoint(checkpoint_dir: Path) -> CheckpointReader:
@@ -98,37 +100,37 @@ class LayerRunner:
         self.source.release()
         return hidden
 
-    def run_layer(self, index: int, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run_layer(
+        self, index: int, hidden: Sequence[torch.Tensor], reuse_at: Mapping[int, int] = NO_REUSE
+    ) -> list[torch.Tensor]:
         """The hidden states behind layer `index`, given those before it; each [tokens, hidden].
 
         The layer's weights are read, used for every sequence, and dropped.
+
+        Args:
+            index: which layer.
+            hidden: of every sequence.
+            reuse_at: by place of the sequence, the position from which it is computed anew on keys and values
+                that are there already, as an engine does when it reuses the KV cache of another request.
 
         Raises:
             UnsupportedCheckpointError: a weight or a scaling factor that no engine could use.
         """
         try:
-            return self.run_stored(self.source.layer(index), hidden)
+            return self.run_stored(self.source.layer(index), hidden, reuse_at)
         finally:
             self.source.release()
 
-    @torch.inference_mode()
-    def run_stored(self, stored: StoredLayer, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run_stored(
+        self, stored: StoredLayer, hidden: Sequence[torch.Tensor], reuse_at: Mapping[int, int] = NO_REUSE
+    ) -> list[torch.Tensor]:
         """As `run_layer`, with weights from anywhere."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            layer = DecoderLayer(self._config, stored, self._compute, 0, each=pool.map)
-        is_fp8_cache = stored.kv_cache_scale is not None
-        return [self._run_sequence(layer, x, is_fp8_cache) for x in hidden]
+        layer = self.load(stored)
+        return [layer.run(x, reuse_at.get(place)) for place, x in enumerate(hidden)]
 
-    def _run_sequence(self, layer: DecoderLayer, x: torch.Tensor, is_fp8_cache: bool) -> torch.Tensor:
-        cache = SequenceKvCache(self._config, self._compute, 1, is_fp8=is_fp8_cache)
-        cache.reserve(len(x))
-        out = torch.empty_like(x)
-        for start in range(0, len(x), PREFILL_CHUNK_TOKENS):
-            chunk = x[start : start + PREFILL_CHUNK_TOKENS]
-            rows = Rows.chunk(self._config, cache, len(chunk), self._rope, self._compute.dtype)
-            out[start : start + PREFILL_CHUNK_TOKENS] = layer.forward(chunk, rows)
-            cache.advance(len(chunk))
-        return out
+    def load(self, stored: StoredLayer) -> LoadedLayer:
+        """A layer in memory, for those who run it more than once."""
+        return LoadedLayer(self._config, stored, self._compute, self._rope)
 
     def output_head(self) -> OutputHead:
         """The last norm and the output projection, which stay in memory as long as the result does."""
@@ -136,6 +138,37 @@ class LayerRunner:
             return OutputHead(self.source, self._compute)
         finally:
             self.source.release()
+
+
+class LoadedLayer:
+    """One layer in memory; made by `LayerRunner.load`."""
+
+    def __init__(
+        self, config: CheckpointConfig, stored: StoredLayer, compute: Compute, rope: RopeTable
+    ) -> None:
+        self._config, self._compute, self._rope = config, compute, rope
+        self._is_fp8_cache = stored.kv_cache_scale is not None
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._layer = DecoderLayer(config, stored, compute, cache_index=0, each=pool.map)
+
+    @torch.inference_mode()
+    def run(self, x: torch.Tensor, reuse_at: int | None = None) -> torch.Tensor:
+        """Hidden states of one sequence behind the layer, a new [tokens, hidden]; see `run_layer`."""
+        cache = SequenceKvCache(self._config, self._compute, 1, is_fp8=self._is_fp8_cache)
+        cache.reserve(len(x))
+        out = torch.empty_like(x)
+        for start, end in _chunks(len(x), reuse_at or len(x)):
+            rows = Rows.chunk(self._config, cache, end - start, self._rope, self._compute.dtype)
+            out[start:end] = self._layer.forward(x[start:end], rows)
+            cache.advance(end - start)
+        return out
+
+
+def _chunks(num_tokens: int, border: int) -> Iterator[tuple[int, int]]:
+    """The engine's chunks of a prompt, cut anew from `border` on."""
+    for first, last in ((0, border), (border, num_tokens)):
+        for start in range(first, last, PREFILL_CHUNK_TOKENS):
+            yield start, min(start + PREFILL_CHUNK_TOKENS, last)
 
 
 class OutputHead:
