@@ -14,11 +14,14 @@ from pathlib import Path
 
 from minitron_build.bundle.bundle import CHECKPOINT_DIR, ENGINE_DIR, Bundle, check_output_dir, write_bundle
 from minitron_build.bundle.manifest import MANIFEST_NAME, digest_file
+from minitron_build.calibration.samples import read_calibration_set
 from minitron_build.checkpoint.convert import Progress, convert_checkpoint, plan_conversion
+from minitron_build.checkpoint.fp8_stage import build_fp8_checkpoint
 from minitron_build.checkpoint.trtllm_checkpoint import TrtllmCheckpoint
 from minitron_build.engine.engine import build_engine, remaining_work
 from minitron_build.engine.precheck import precheck, read_machine
 from minitron_build.errors import CheckpointError, MachineError, PlanError
+from minitron_build.planning.fp8_plan import Fp8Plan
 from minitron_build.planning.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
 from minitron_build.planning.plan_flags import add_plan_flags, plan_request
 from minitron_build.planning.targets import find_gpus
@@ -29,7 +32,7 @@ from minitron_build.source.model_config import ModelConfig
 STAGES = ("checkpoint", "engine", "bundle")
 SAME_PLAN = (
     *("source", "arch", "sm", "precision", "kv_cache_dtype", "compute_dtype", "tp_size", "pp_size"),
-    *("plugins", "trtllm_build_argv", "versions", "container"),
+    *("plugins", "trtllm_build_argv", "versions", "container", "fp8"),
 )
 """What equal bundles agree in; limits for the CPU are left out, they follow the memory that is free."""
 
@@ -47,6 +50,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     add("--stop-after", choices=STAGES, default="bundle", help="last stage to run")
     add("--container", action="store_true", help="build the engine in NVIDIA's container, with Docker")
     add("--keep-checkpoint", action="store_true", help="leave the checkpoint in a GPU bundle")
+    add("--no-verify", action="store_true", help="do not hold a new FP8 checkpoint against its source")
     add(
         "--dry-run",
         action="store_true",
@@ -61,21 +65,23 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _print_plan(args.checkpoint, args.revision, request, args.output_dir)
     source = resolve_checkpoint(args.checkpoint, args.revision)
-    plan = plan_build(source, request)
+    plan, verify = plan_build(source, request), not args.no_verify
     print("\n".join(plan.lines()), file=sys.stderr)
     missing = check_build(plan, args.output_dir, args.stop_after, container=args.container, force=args.force)
     if args.stop_after == "bundle":  # told now, not after hours
         _ = HfCheckpoint.open(source.hf_dir).tokenizer_files
     if args.stop_after == "checkpoint":
-        checkpoint = build_checkpoint(plan, source, args.output_dir, force=args.force)
+        checkpoint = build_checkpoint(plan, source, args.output_dir, force=args.force, verify=verify)
         print(json.dumps({"checkpoint": str(checkpoint.path), "files": sorted(checkpoint.files)}))
         return 0
     if missing is not None:
-        _say_what_remains(plan, build_checkpoint(plan, source, args.output_dir, force=args.force))
+        _say_what_remains(
+            plan, build_checkpoint(plan, source, args.output_dir, force=args.force, verify=verify)
+        )
         raise missing
     if args.stop_after == "engine":
         engine_dir = build_engine_stage(
-            plan, source, args.output_dir, force=args.force, container=args.container
+            plan, source, args.output_dir, force=args.force, container=args.container, verify=verify
         )
         print(
             json.dumps(
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     options = {name: getattr(args, name) for name in ("force", "container", "keep_checkpoint")}
+    options["verify"] = verify
     bundle = build_bundle(plan, source, args.output_dir, **options)
     print(f"serve it: minitron serve {bundle.path}", file=sys.stderr)
     print(
@@ -124,19 +131,13 @@ def check_build(
         What this machine lacks for the engine, if the checkpoint can be made here all the same.
 
     Raises:
-        PlanError: the stages asked for do not fit the target, or the precision is not built yet.
+        PlanError: the stages asked for do not fit the target.
         MachineError: this machine contradicts the plan.
         CheckpointError: `output_dir` holds somebody else's things.
     """
     if plan.sm is None and stop_after == "engine":
         raise PlanError(
             "--stop-after engine with --arch cpu", todo="a CPU has no engine: use checkpoint or bundle"
-        )
-    if plan.precision == "fp8":
-        raise PlanError(
-            "FP8 calibration is not part of this version",
-            where=f"--arch {plan.arch}",
-            todo="build with --precision bf16 (plans and --dry-run know FP8 already)",
         )
     check_output_dir(output_dir)
     if plan.sm is None or stop_after == "checkpoint":
@@ -145,10 +146,16 @@ def check_build(
 
 
 def build_checkpoint(
-    plan: BuildPlan, source: Source, output_dir: Path, *, force: bool = False
+    plan: BuildPlan, source: Source, output_dir: Path, *, force: bool = False, verify: bool = True
 ) -> TrtllmCheckpoint:
-    """The TensorRT-LLM checkpoint in `output_dir/checkpoint`; an interrupted one is resumed."""
+    """The TensorRT-LLM checkpoint in `output_dir/checkpoint`; an interrupted one is resumed.
+
+    Args:
+        verify: hold a new FP8 checkpoint against its source, and write the verdict beside it.
+    """
     check_output_dir(output_dir)
+    if plan.fp8 is not None:
+        return build_fp8_checkpoint(plan, source, output_dir / CHECKPOINT_DIR, force=force, verify=verify)
     total_bytes = plan_conversion(source.hf_dir, plan.mapping).source_bytes
     output_dir.mkdir(parents=True, exist_ok=True)
     with _progress_bar("converting", total_bytes) as progress:
@@ -163,10 +170,16 @@ def build_checkpoint(
 
 
 def build_engine_stage(
-    plan: BuildPlan, source: Source, output_dir: Path, *, force: bool = False, container: bool = False
+    plan: BuildPlan,
+    source: Source,
+    output_dir: Path,
+    *,
+    force: bool = False,
+    container: bool = False,
+    verify: bool = True,
 ) -> Path:
     """The engine in `output_dir/engine`, the checkpoint before it; whole stages are taken as they are."""
-    checkpoint = build_checkpoint(plan, source, output_dir, force=force)
+    checkpoint = build_checkpoint(plan, source, output_dir, force=force, verify=verify)
     gpus = read_machine(output_dir).gpus
     engine = build_engine(
         plan,
@@ -190,6 +203,7 @@ def build_bundle(
     force: bool = False,
     container: bool = False,
     keep_checkpoint: bool = False,
+    verify: bool = True,
 ) -> Bundle:
     """The whole bundle; a finished one of the same plan is verified and returned as it is.
 
@@ -201,8 +215,8 @@ def build_bundle(
     if (output_dir / MANIFEST_NAME).exists() and not force:
         return _finished_bundle(plan, source, output_dir)
     if plan.sm is not None:
-        build_engine_stage(plan, source, output_dir, force=force, container=container)
-    checkpoint = build_checkpoint(plan, source, output_dir, force=force and plan.sm is None)
+        build_engine_stage(plan, source, output_dir, force=force, container=container, verify=verify)
+    checkpoint = build_checkpoint(plan, source, output_dir, force=force and plan.sm is None, verify=verify)
     return write_bundle(plan, source, checkpoint, output_dir, keep_checkpoint=keep_checkpoint)
 
 
@@ -230,6 +244,7 @@ def _finished_bundle(plan: BuildPlan, source: Source, output_dir: Path) -> Bundl
     recorded = bundle.manifest.source["files"]
     is_same &= all(recorded.get(name, {}).get("size_bytes") == size for name, size in weights.items())
     is_same &= recorded["config.json"] == digest_file(source.hf_dir / "config.json").as_dict()
+    is_same &= plan.fp8 is None or _is_calibrated_alike(plan.fp8, source, bundle)
     if not is_same:
         raise CheckpointError(
             "holds a bundle of another plan or source",
@@ -239,6 +254,12 @@ def _finished_bundle(plan: BuildPlan, source: Source, output_dir: Path) -> Bundl
     bundle.check_files()
     print(f"{output_dir} is built already", file=sys.stderr)
     return bundle
+
+
+def _is_calibrated_alike(fp8: Fp8Plan, source: Source, bundle: Bundle) -> bool:
+    vocab_size = ModelConfig.read(source.hf_dir).vocab_size
+    data = read_calibration_set(fp8.samples, source.hf_dir, vocab_size)
+    return (bundle.manifest.calibration or {}).get("input_ids_sha256") == data.digest
 
 
 @contextmanager

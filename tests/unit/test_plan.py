@@ -176,10 +176,14 @@ def test_model_with_few_positions_gets_what_it_has(real: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"precision": "fp8"}, "--precision fp8 with --arch cpu; expected bf16"),
         ({"arch": "ampere", "precision": "fp8"}, "--precision fp8 with --arch ampere.*no FP8 tensor cores"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 with --arch cpu"),
-        ({"precision": "fp8"}, "FP8 on the reference engine is not built in this version"),
+        ({"kv_cache_dtype": "fp8"}, "and bf16 weights; expected fp8 weights or a bf16 KV cache"),
+        ({"precision": "bf16", "calib_samples": 8}, "--calib-samples with --precision bf16; only FP8"),
+        ({"precision": "fp8", "calib_samples": 0}, "--calib-samples is 0; expected 1 or more"),
+        ({"precision": "fp8", "calib_seq_len": 4}, "--calib-seq-len is 4; expected 16 or more"),
+        ({"precision": "fp8", "fp8_exclude": ("*.mlp.down",)}, "matches no linear layer; expected a pattern"),
+        ({"precision": "fp8", "fp8_exclude": ("*",)}, "leaves no linear layer in FP8; use --precision bf16"),
         ({"sm": 90}, "--sm 90 with --arch cpu"),
         ({"gpu": "H100"}, "--gpu H100 is SM 90; expected cpu"),
         ({"gpu_memory_gb": 24}, "--gpu-memory-gb with --arch cpu"),

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minitron_build import __version__
 from minitron_build.bundle.manifest import MANIFEST_NAME, Manifest, digest_file
+from minitron_build.calibration.amax import CALIBRATION_NAME, Calibration
+from minitron_build.checkpoint.fp8_stage import read_verification
 from minitron_build.checkpoint.trtllm_checkpoint import FileDigest, TrtllmCheckpoint
 from minitron_build.checkpoint.work_folder import write_durably
 from minitron_build.engine.engine_record import EngineRecord
@@ -172,6 +175,8 @@ def write_bundle(
         versions=dict(_versions(record)),
         gpu=None if record is None else {"name": record.gpu, "sm": record.sm},
         files=_digests(output_dir, checkpoint, record, left_out),
+        calibration=_calibration_record(checkpoint.path),
+        verification=read_verification(checkpoint.path),
     )
     write_durably(output_dir / MANIFEST_NAME, manifest.dump())
     for name in left_out:
@@ -207,6 +212,11 @@ def _source_record(source: Source, hf: HfCheckpoint, checkpoint: TrtllmCheckpoin
         "config_sha256": checkpoint.sources["config.json"].sha256,
         "files": {name: digest.as_dict() for name, digest in sorted(files.items())},
     }
+
+
+def _calibration_record(checkpoint_dir: Path) -> Mapping[str, Any] | None:
+    path = checkpoint_dir / CALIBRATION_NAME
+    return Calibration.read(path).data if path.is_file() else None
 
 
 def _versions(record: EngineRecord | None) -> Iterator[tuple[str, str]]:

@@ -160,9 +160,18 @@ def _checkpoint_facts(facts: CheckpointFacts) -> Iterator[tuple[str, Any]]:
     yield "kv_heads", model.num_key_value_heads
     yield "rope", _rope(model.rope_theta, model.rope_scaling)
     yield "precision", _precision(facts.dtype, facts.quant_algo, facts.kv_cache_quant_algo)
+    if facts.exclude_modules:
+        yield "exclude_modules", ", ".join(facts.exclude_modules)
     yield "logits_dtype", facts.logits_dtype
     yield "ranks", f"{facts.mapping.world_size} (tp {facts.mapping.tp_size} x pp {facts.mapping.pp_size})"
     yield "bytes", facts.weights_bytes
+
+
+def _calibration(data: Mapping[str, Any]) -> str:
+    lengths = (
+        f"{data.get('num_samples')} samples of {data.get('min_tokens')} to {data.get('max_tokens')} tokens"
+    )
+    return f"{lengths} of {data.get('name')}"
 
 
 def _rope(theta: float, scaling: Mapping[str, Any] | None) -> str:
@@ -245,5 +254,9 @@ def _bundle_facts(manifest: Any) -> Iterator[tuple[str, Any]]:
         if plan.get(name) is not None:
             yield name, plan[name]
     yield from plan.get("limits", {}).items()
+    if manifest.calibration is not None:
+        yield "calibration", _calibration(manifest.calibration)
+    if manifest.verification is not None:
+        yield "verification", "passed" if manifest.verification.get("passed") else "FAILED"
     yield "versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     yield "bytes", sum(digest.size_bytes for digest in manifest.files.values())

@@ -30,6 +30,8 @@ class Manifest:
         plan: the build plan with the reason of each decision.
         versions: of everything that touched the bytes.
         gpu: name and SM of the GPU the engine was built on; None for the CPU.
+        calibration: digests, count and lengths of the samples that FP8 was calibrated with; None for bf16.
+        verification: the gate's verdict on the FP8 checkpoint; None where none was asked for.
         files: digest of every file of the bundle but the manifest itself, by path in the bundle.
     """
 
@@ -39,6 +41,8 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileDigest]
     gpu: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    verification: Mapping[str, Any] | None = None
 
     def dump(self) -> str:
         """The text of `manifest.json`."""
@@ -49,6 +53,8 @@ class Manifest:
             "plan": self.plan,
             "versions": self.versions,
             "gpu": self.gpu,
+            "calibration": self.calibration,
+            "verification": self.verification,
             "files": {name: digest.as_dict() for name, digest in sorted(self.files.items())},
         }
         return json.dumps(record, indent=2) + "\n"
@@ -85,6 +91,8 @@ class Manifest:
                 versions=raw["versions"],
                 files=files,
                 gpu=raw["gpu"],
+                calibration=raw.get("calibration"),
+                verification=raw.get("verification"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"a record that cannot be read ({error})", where=str(path)) from None

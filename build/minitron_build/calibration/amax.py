@@ -10,9 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from minitron_build.errors import CheckpointError
+from minitron_build.source.model_config import read_json_object
 
 CALIBRATION_NAME = "calibration.json"
 CALIBRATION_SCHEMA = 1
@@ -86,21 +88,27 @@ class Calibration:
         return json.dumps(record, indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Calibration:
-        """Inverse of `dump`, parsed.
+    def read(cls, path: Path) -> Calibration:
+        """Inverse of `dump`, from a file.
 
         Raises:
-            CheckpointError: another schema, or a record that cannot be read.
+            CheckpointError: no file, another schema, or a record that cannot be read.
         """
+        raw = read_json_object(path)
         if raw.get("schema") != CALIBRATION_SCHEMA:
             raise CheckpointError(
-                f"schema {raw.get('schema')!r}", expected=str(CALIBRATION_SCHEMA), todo="calibrate again"
+                f"schema {raw.get('schema')!r}",
+                expected=str(CALIBRATION_SCHEMA),
+                where=str(path),
+                todo="calibrate again",
             )
         try:
             layers = tuple(read_layer_amax(layer) for layer in raw["layers"])
             return cls(dict(raw["data"]), dict(raw["source"]), layers)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"a record that cannot be read ({error})", todo="calibrate again") from None
+            raise CheckpointError(
+                f"a record that cannot be read ({error})", where=str(path), todo="calibrate again"
+            ) from None
 
 
 def read_layer_amax(raw: Mapping[str, Any]) -> LayerAmax:

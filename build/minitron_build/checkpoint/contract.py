@@ -51,6 +51,7 @@ class CheckpointFacts:
         num_tensors: of all ranks together.
         weights_bytes: bytes of the rank files.
         unread: tensors that the loader does not read, by `rank file: name`; it warns of them.
+        exclude_modules: patterns of modules that stay bf16 in an FP8 checkpoint, as its config says.
     """
 
     architecture: str
@@ -63,6 +64,7 @@ class CheckpointFacts:
     num_tensors: int
     weights_bytes: int
     unread: tuple[str, ...]
+    exclude_modules: tuple[str, ...] = ()
 
 
 def check_tensors(checkpoint_dir: Path) -> CheckpointFacts:
@@ -103,6 +105,7 @@ def check_tensors(checkpoint_dir: Path) -> CheckpointFacts:
         num_tensors=num_tensors,
         weights_bytes=weights_bytes,
         unread=tuple(sorted(unread)),
+        exclude_modules=tuple(quantization.get("exclude_modules") or ()),
     )
 
 

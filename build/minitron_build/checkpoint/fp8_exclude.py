@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from minitron_build.checkpoint.contract import LINEARS
-from minitron_build.checkpoint.weight_map import WEIGHT_MAP, Mapping
+from minitron_build.checkpoint.weight_map import WEIGHT_MAP, Mapping, RankTensor, split_layer_name
 from minitron_build.errors import PlanError
 from minitron_build.source.model_config import ModelConfig
 
@@ -56,6 +56,13 @@ def resolve_exclusions(config: ModelConfig, mapping: Mapping, patterns: Sequence
         tuple(sorted(name for module in modules for name in names[module])),
         _recorded(config, mapping, modules, patterns),
     )
+
+
+def fp8_kind(tensor: RankTensor, excluded: Excluded) -> str | None:
+    """Which of LINEARS a tensor of an FP8 checkpoint is; None if it is stored in bf16."""
+    kind = next((kind for kind in LINEARS if tensor.name.endswith(f".{kind}.weight")), None)
+    layer, _ = split_layer_name(tensor.parts[0].source)
+    return None if f"transformer.layers.{layer}.{kind}" in excluded.modules else kind
 
 
 def _hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 JOURNAL_NAME = "journal.json"
 HIDDEN_NAME = "hidden{}.bin"
 """Hidden states of the calibration set; two files take turns, so that one is always whole."""
+JOURNAL_EVERY_S = 2.0
+"""Layers that take longer are journalled each: a kill costs one of them. Small models need no more fsyncs."""
 
 Progress = Callable[[int], None]
 """Called with the number of tokens that just went through a layer."""
@@ -89,9 +92,15 @@ class Fp8Result:
 
 @dataclass(frozen=True, slots=True)
 class _Journal:
-    """Layers that are on the disk for certain, with their ranges."""
+    """What is on the disk for certain: layers, with their ranges, and the hidden states behind them."""
 
     layers: tuple[LayerAmax, ...] = ()
+    hidden: str = HIDDEN_NAME.format(0)
+
+    @property
+    def other_hidden(self) -> str:
+        """The file that may be overwritten."""
+        return HIDDEN_NAME.format(int(self.hidden == HIDDEN_NAME.format(0)))
 
 
 def run_fp8(job: Fp8Job, work_dir: Path, *, is_resumed: bool, progress: Progress) -> Fp8Result:
@@ -107,16 +116,23 @@ def run_fp8(job: Fp8Job, work_dir: Path, *, is_resumed: bool, progress: Progress
         files = _open_files(job, work_dir, stack, is_resumed=bool(layers))
         chores, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
         sources = chores.submit(_hash_and_copy, job, files)
-        forward = _Forward(job, work_dir, layers)
+        forward = _Forward(job, work_dir, journal)
+        if layers and job.data is not None:
+            progress(len(layers) * job.data.num_tokens)
         written: Future[None] | None = None
+        journalled_s = time.monotonic()
         for index, weights in _read_layers(job.source, len(layers), stack):
             amax = forward.layer(index, weights, progress)
             pieces = list(job.target.layer_pieces(index, weights, amax))
             if written is not None:
                 written.result()
             layers.append(amax)
-            states = forward.save(len(layers))
-            written = writer.submit(_write_layer, job, files, pieces, states, work_dir, tuple(layers))
+            entry = None
+            if time.monotonic() - journalled_s >= JOURNAL_EVERY_S and len(layers) < job.num_layers:
+                journal = _Journal(tuple(layers), journal.other_hidden)
+                entry = _Entry(journal, forward.save(journal.hidden))
+                journalled_s = time.monotonic()
+            written = writer.submit(_write_layer, job, files, pieces, work_dir, entry)
         if written is not None:
             written.result()
         digests = sources.result()
@@ -134,17 +150,17 @@ def remove_leavings(work_dir: Path) -> None:
 class _Forward:
     """Ranges of each layer: computed, or as they were recorded."""
 
-    def __init__(self, job: Fp8Job, work_dir: Path, done: Sequence[LayerAmax]) -> None:
+    def __init__(self, job: Fp8Job, work_dir: Path, journal: _Journal) -> None:
         self._job, self._work_dir, self._forward = job, work_dir, None
         if job.data is None:
             return
         from minitron_build.calibration.forward import CalibrationForward, calibration_device
 
         self._forward = CalibrationForward(job.source, job.data.samples, calibration_device())
-        if not done:
+        if journal.layers:
+            self._forward.restore(work_dir / journal.hidden)
+        else:
             self._forward.start()
-        elif len(done) < job.num_layers:
-            self._forward.restore(work_dir / HIDDEN_NAME.format(len(done) % 2))
 
     def layer(self, index: int, weights: Mapping[str, Tensor], progress: Progress) -> LayerAmax:
         """Checked ranges of a layer."""
@@ -157,11 +173,9 @@ class _Forward:
         amax.check(index)
         return amax
 
-    def save(self, num_layers: int) -> int | None:
-        """Hidden states behind the first `num_layers`, not yet durable: an open descriptor."""
-        if self._forward is None or num_layers == self._job.num_layers:
-            return None
-        return self._forward.save(self._work_dir / HIDDEN_NAME.format(num_layers % 2))
+    def save(self, name: str) -> int | None:
+        """Write the hidden states as they are now; an open descriptor, for they are not durable yet."""
+        return None if self._forward is None else self._forward.save(self._work_dir / name)
 
 
 def _open_files(job: Fp8Job, work_dir: Path, stack: ExitStack, *, is_resumed: bool) -> list[PlannedFile]:
@@ -176,30 +190,41 @@ def _read_journal(job: Fp8Job, work_dir: Path) -> _Journal:
     """Of an interrupted run of the same job; nothing if it was another's or its files are gone."""
     try:
         raw = read_json_object(work_dir / JOURNAL_NAME)
-        layers = tuple(read_layer_amax(layer) for layer in raw["layers"])
+        journal = _Journal(tuple(read_layer_amax(layer) for layer in raw["layers"]), str(raw["hidden"]))
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return _Journal()
-    is_there = all((work_dir / name).is_file() for name in job.file_names)
-    return _Journal(layers) if raw.get("digest") == job.digest and is_there else _Journal()
+    names = (*job.file_names, *((journal.hidden,) if job.data is not None else ()))
+    is_there = all((work_dir / name).is_file() for name in names)
+    return journal if raw.get("digest") == job.digest and is_there else _Journal()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the journal will say once it is true; `states` is the open file of hidden states."""
+
+    journal: _Journal
+    states: int | None
 
 
 def _write_layer(
     job: Fp8Job,
     files: Sequence[PlannedFile],
     pieces: Sequence[Piece],
-    states: int | None,
     work_dir: Path,
-    layers: tuple[LayerAmax, ...],
+    entry: _Entry | None,
 ) -> None:
-    """Write a layer, wait until it and the hidden states behind it are durable, then say so."""
+    """Write a layer; with an entry, wait until it and the hidden states are durable, then say so."""
     for piece in pieces:
         files[piece.file].write(piece.name, piece.data, piece.offset_bytes)
+    if entry is None:
+        return
     for file in files:
         file.sync()
-    if states is not None:
-        os.fdatasync(states)
-        os.close(states)
-    record = {"digest": job.digest, "layers": [dict(layer.sites) for layer in layers]}
+    if entry.states is not None:
+        os.fdatasync(entry.states)
+        os.close(entry.states)
+    layers = [dict(layer.sites) for layer in entry.journal.layers]
+    record = {"digest": job.digest, "hidden": entry.journal.hidden, "layers": layers}
     write_durably(work_dir / JOURNAL_NAME, json.dumps(record))
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from minitron_build.calibration.amax import KEY_SITE, VALUE_SITE, LayerAmax
 from minitron_build.calibration.e4m3 import kv_scaling_factor, merged_scale, quantize, scaling_factor
-from minitron_build.checkpoint.contract import KV_SCALE, KV_SCALE_PARTS, LINEARS
+from minitron_build.checkpoint.contract import KV_SCALE, KV_SCALE_PARTS
 from minitron_build.checkpoint.convert import cut
-from minitron_build.checkpoint.fp8_exclude import Excluded
+from minitron_build.checkpoint.fp8_exclude import Excluded, fp8_kind
 from minitron_build.checkpoint.planned_file import Layout, library_order
 from minitron_build.checkpoint.weight_map import Mapping, RankTensor, rank_tensors, split_layer_name
 from minitron_build.source.model_config import ModelConfig
@@ -147,11 +147,7 @@ class TrtllmFp8:
 
 
 def _fp8_tensor(tensor: RankTensor, excluded: Excluded) -> Fp8Tensor:
-    layer, _ = split_layer_name(tensor.parts[0].source)
-    kind = next((kind for kind in LINEARS if tensor.name.endswith(f".{kind}.weight")), None)
-    if kind and f"transformer.layers.{layer}.{kind}" in excluded.modules:
-        kind = None
-    return Fp8Tensor(tensor, layer, kind)
+    return Fp8Tensor(tensor, split_layer_name(tensor.parts[0].source)[0], fp8_kind(tensor, excluded))
 
 
 def _merged_scale(kind: str, weights: MappingType[str, Tensor]) -> np.float32:

@@ -9,25 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from minitron_build.checkpoint.fp8_exclude import Excluded, fp8_kind
 from minitron_build.checkpoint.weight_map import Mapping, rank_tensors
 from minitron_build.errors import PlanError
+from minitron_build.planning.fp8_plan import Fp8Plan
 from minitron_build.planning.limits import Limits, typical_len
 from minitron_build.source.model_config import ModelConfig
 
 KV_ITEM_BYTES = {"bf16": 2, "fp8": 1}
 EMBEDDING = "transformer.vocab_embedding.weight"
-UNQUANTIZED = (EMBEDDING, "lm_head.weight")
-"""Matrices that stay bf16 in an FP8 checkpoint."""
 RUNTIME_BYTES = 1792 << 20
 """CUDA context, cuBLAS and attention workspaces, decoder and I/O buffers of one rank: an estimate."""
 MAX_AUTO_BATCH = 256
-CONVERSION_RAM_BYTES = {"bf16": 500 << 20, "fp8": 4 << 30}
-"""Conversion streams tensor by tensor; FP8 calibration also holds a layer and its hidden states."""
+CONVERSION_RAM_BYTES = 500 << 20
+"""A bf16 conversion streams chunk by chunk; see `Fp8Plan.ram_bytes` for FP8."""
 ENGINE_SLACK_BYTES = 4 << 30
 """Of host memory: TensorRT's libraries and tactics beside twice the weights."""
 BUNDLE_DISK_BYTES = 64 << 20
 """Tokenizer, configs and the Python of the models."""
 KV_BLOCK_TOKENS = 32
+NOTHING_EXCLUDED = Excluded()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +92,18 @@ class DoesNotFitError(PlanError):
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:
-    """A model in one format, divided over ranks."""
+    """A model in one format, divided over ranks.
+
+    Attributes:
+        conversion_ram_bytes: host memory that making the checkpoint takes.
+    """
 
     config: ModelConfig
     mapping: Mapping
     precision: str
     kv_cache_dtype: str
     ranks: tuple[RankBytes, ...]
+    conversion_ram_bytes: int
 
     @property
     def weights_bytes(self) -> int:
@@ -115,15 +121,26 @@ class ModelBytes:
         return max(rank.kv_cache_bytes_per_token for rank in self.ranks)
 
 
-def model_bytes(config: ModelConfig, mapping: Mapping, precision: str, kv_cache_dtype: str) -> ModelBytes:
+def model_bytes(
+    config: ModelConfig,
+    mapping: Mapping,
+    precision: str,
+    kv_cache_dtype: str,
+    fp8: Fp8Plan | None = None,
+) -> ModelBytes:
     """Sizes of every rank, from the shapes that the checkpoint will have.
 
     FP8 scales (a few KB) are not counted. KV cache of a token = 2 (key and value) x layers of the rank x
     KV heads of the rank x head_dim x item bytes.
+
+    Args:
+        fp8: how the weights are quantised at precision fp8; None for the defaults.
     """
+    excluded = fp8.excluded if fp8 else NOTHING_EXCLUDED
     weights, step = [0] * mapping.world_size, [0] * mapping.world_size
     for tensor in rank_tensors(config, mapping, shard_embedding=precision == "fp8"):
-        num_bytes = prod(tensor.shape) * _item_bytes(tensor.name, tensor.shape, precision)
+        is_fp8 = precision == "fp8" and fp8_kind(tensor, excluded) is not None
+        num_bytes = prod(tensor.shape) * (1 if is_fp8 else 2)
         weights[tensor.rank] += num_bytes
         step[tensor.rank] += 0 if tensor.name == EMBEDDING else num_bytes
     heads = max(config.num_key_value_heads // mapping.tp_size, 1)
@@ -136,12 +153,8 @@ def model_bytes(config: ModelConfig, mapping: Mapping, precision: str, kv_cache_
         )
         for rank in range(mapping.world_size)
     )
-    return ModelBytes(config, mapping, precision, kv_cache_dtype, ranks)
-
-
-def _item_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
-    is_quantized = precision == "fp8" and len(shape) == 2 and name not in UNQUANTIZED
-    return 1 if is_quantized else 2
+    conversion = CONVERSION_RAM_BYTES if fp8 is None else fp8.ram_bytes(config)
+    return ModelBytes(config, mapping, precision, kv_cache_dtype, ranks, conversion)
 
 
 def activation_bytes(config: ModelConfig, mapping: Mapping, max_batch_size: int, max_num_tokens: int) -> int:
@@ -227,11 +240,11 @@ def stage_needs(model: ModelBytes, activations: int) -> dict[str, StageNeed]:
     and its weights and activations on the GPU.
     """
     return {
-        "checkpoint": StageNeed(CONVERSION_RAM_BYTES[model.precision], model.total_weights_bytes),
+        "checkpoint": StageNeed(model.conversion_ram_bytes, model.total_weights_bytes),
         "engine": StageNeed(
             2 * model.weights_bytes + ENGINE_SLACK_BYTES,
             model.total_weights_bytes,
             model.weights_bytes + activations,
         ),
-        "bundle": StageNeed(CONVERSION_RAM_BYTES["bf16"], BUNDLE_DISK_BYTES),
+        "bundle": StageNeed(CONVERSION_RAM_BYTES, BUNDLE_DISK_BYTES),
     }

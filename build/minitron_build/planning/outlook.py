@@ -178,7 +178,7 @@ def _outlook(gpu: GpuModel, plan: BuildPlan, config: ModelConfig) -> Outlook:
 
 
 def _model_bytes(plan: BuildPlan, config: ModelConfig) -> ModelBytes:
-    return model_bytes(config, plan.mapping, plan.precision, plan.kv_cache_dtype)
+    return model_bytes(config, plan.mapping, plan.precision, plan.kv_cache_dtype, plan.fp8)
 
 
 def _ceilings(plan: BuildPlan, model: ModelBytes, rates: Rates) -> Ceilings:

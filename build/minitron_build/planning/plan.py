@@ -15,6 +15,7 @@ from minitron_build import __version__
 from minitron_build.checkpoint.weight_map import Mapping as RankMapping
 from minitron_build.checkpoint.weight_map import check_mapping
 from minitron_build.errors import PlanError
+from minitron_build.planning.fp8_plan import Fp8Plan, plan_fp8, unused_flags
 from minitron_build.planning.gpu_models import GpuModel, find_model, model_of, smallest_model
 from minitron_build.planning.host_memory import (
     available_memory_bytes,
@@ -55,6 +56,7 @@ __all__ = ["BuildPlan", "Decision", "Limits", "Memory", "PlanRequest", "availabl
 
 CHECKPOINT_DIR, ENGINE_DIR = "checkpoint", "engine"
 """Folders of a build, in its output folder."""
+NO_FP8_SCALES = "no scales for an FP8 cache without FP8 weights"
 NO_FP8_KV = "TensorRT-LLM turns paged context FMHA off for it, and with it KV cache reuse and chunked context"
 
 
@@ -94,6 +96,7 @@ class BuildPlan:
         trtllm_build_argv: the whole command line, program first; empty for the CPU.
         container: the image that builds and serves the engine; None for the CPU.
         kv_cache_fraction: of the GPU memory free beside the engine, what the KV cache may take.
+        fp8: the calibration and what it leaves out; None for bf16.
     """
 
     source: str
@@ -112,6 +115,7 @@ class BuildPlan:
     versions: Mapping[str, str] = field(default_factory=lambda: {"toolkit": __version__})
     container: str | None = None
     kv_cache_fraction: float = 0.9
+    fp8: Fp8Plan | None = None
 
     def engine_argv(self, checkpoint_dir: Path | str, engine_dir: Path | str) -> tuple[str, ...]:
         """`trtllm_build_argv` for other folders."""
@@ -134,6 +138,7 @@ class BuildPlan:
             "versions": dict(self.versions),
             "container": self.container,
             "kv_cache_fraction": self.kv_cache_fraction,
+            "fp8": None if self.fp8 is None else self.fp8.as_dict(),
             "memory": asdict(self.memory),
             "decisions": [asdict(decision) for decision in self.decisions],
             "warnings": list(self.warnings),
@@ -180,14 +185,17 @@ def make_plan(
     mapping = RankMapping(request.tp_size, request.pp_size)
     check_mapping(config, mapping)
     precision = _decide_precision(request, target)
-    decisions: tuple[Decision, ...] = (Decision("arch", target.arch, arch_reason), precision)
+    fp8, fp8_decisions = plan_fp8(config, mapping, request, precision.value)
+    kv_cache = _decide_kv_cache(request, target, precision.value)
+    model = model_bytes(config, mapping, precision.value, kv_cache.value, fp8)
+    decisions = (Decision("arch", target.arch, arch_reason), precision, kv_cache, *fp8_decisions)
     if target.sm is None:
-        return _cpu_plan(source, config, request, mapping, decisions, available_bytes)
-    kv_cache = _decide_gpu_kv_cache(request, target, precision.value)
-    model = model_bytes(config, mapping, precision.value, kv_cache.value)
-    planned = _planned_gpu(request, target.sm, gpus) if gpu is None else (gpu, "planned for")
-    argv_dir, decisions = output_dir or Path(), (*decisions, kv_cache)
-    return _gpu_plan(source, model, request, target, planned, decisions, available_bytes, argv_dir)
+        plan = _cpu_plan(source, model, request, decisions, available_bytes)
+    else:
+        planned = _planned_gpu(request, target.sm, gpus) if gpu is None else (gpu, "planned for")
+        argv_dir = output_dir or Path()
+        plan = _gpu_plan(source, model, request, target, planned, decisions, available_bytes, argv_dir)
+    return replace(plan, fp8=fp8, warnings=(*plan.warnings, *unused_flags(request, fp8)))
 
 
 def _target(request: PlanRequest, gpus: tuple[Gpu, ...]) -> tuple[Target, str]:
@@ -217,9 +225,9 @@ def _decide_precision(request: PlanRequest, target: Target) -> Decision:
     return Decision("precision", request.precision, "asked for with --precision")
 
 
-def _decide_gpu_kv_cache(request: PlanRequest, target: Target, precision: str) -> Decision:
+def _decide_kv_cache(request: PlanRequest, target: Target, precision: str) -> Decision:
     if request.kv_cache_dtype == "auto":
-        reason = target.reason if precision == "fp8" else "no scales for an FP8 cache without FP8 weights"
+        reason = target.reason if precision == "fp8" else NO_FP8_SCALES
         return Decision("kv_cache_dtype", precision, f"as the weights: {reason}")
     if request.kv_cache_dtype == "fp8":
         said = f"--kv-cache-dtype fp8 with --arch {target.arch}"
@@ -227,7 +235,9 @@ def _decide_gpu_kv_cache(request: PlanRequest, target: Target, precision: str) -
             raise PlanError(said, expected="bf16", todo=f"{target.reason}: leave --kv-cache-dtype out")
         if precision == "bf16":
             raise PlanError(
-                f"{said} and bf16 weights", expected="fp8 weights or a bf16 KV cache", todo=NO_FP8_KV
+                f"{said} and bf16 weights",
+                expected="fp8 weights or a bf16 KV cache",
+                todo=NO_FP8_SCALES if target.sm is None else NO_FP8_KV,
             )
     return Decision("kv_cache_dtype", request.kv_cache_dtype, "asked for with --kv-cache-dtype")
 
@@ -377,31 +387,28 @@ def _memory_lines(memory: Memory, limits: Limits) -> Iterator[str]:
 
 def _cpu_plan(
     source: str,
-    config: ModelConfig,
+    model: ModelBytes,
     request: PlanRequest,
-    mapping: RankMapping,
     decisions: tuple[Decision, ...],
     available_bytes: int,
 ) -> BuildPlan:
     """A plan whose checkpoint the reference engine executes."""
     _check_cpu_request(request)
+    config = model.config
     compute = decide_compute_dtype(config, available_bytes)
-    kv_cache = Decision(
-        "kv_cache_dtype", "bf16", f"the reference engine keeps keys and values in {compute.value}"
-    )
     batch = cpu_batch(config, decide_lengths(config, request)[1], compute.value, available_bytes)
     limits, limit_decisions = cpu_limits(config, request, batch)
     return BuildPlan(
         source=source,
         arch="cpu",
         sm=None,
-        precision=decisions[-1].value,
-        kv_cache_dtype=kv_cache.value,
+        precision=model.precision,
+        kv_cache_dtype=model.kv_cache_dtype,
         compute_dtype=compute.value,
-        mapping=mapping,
+        mapping=model.mapping,
         limits=limits,
-        memory=(memory := _cpu_memory(config, mapping, compute.value, limits, available_bytes)),
-        decisions=(*decisions, compute, kv_cache, *limit_decisions),
+        memory=(memory := _cpu_memory(model, compute.value, limits, available_bytes)),
+        decisions=(*decisions, compute, *limit_decisions),
         warnings=(*config.warnings, *_cpu_memory_warnings(memory)),
     )
 
@@ -423,8 +430,6 @@ def _cpu_memory_warnings(memory: Memory) -> tuple[str, ...]:
 
 def _check_cpu_request(request: PlanRequest) -> None:
     """Refuse what only a GPU has."""
-    if request.kv_cache_dtype == "fp8":
-        raise PlanError("--kv-cache-dtype fp8 with --arch cpu", expected="auto or bf16")
     if request.plugins:
         raise PlanError(
             f"--plugin {request.plugins[0][0]} with --arch cpu", todo="the reference engine has no plugins"
@@ -433,13 +438,11 @@ def _check_cpu_request(request: PlanRequest) -> None:
         raise PlanError("--gpu-memory-gb with --arch cpu", todo="say which GPU with --arch, --sm or --gpu")
 
 
-def _cpu_memory(
-    config: ModelConfig, mapping: RankMapping, compute_dtype: str, limits: Limits, available_bytes: int
-) -> Memory:
+def _cpu_memory(model: ModelBytes, compute_dtype: str, limits: Limits, available_bytes: int) -> Memory:
+    config, disk_bytes = model.config, model.total_weights_bytes
     item_bytes = 4 if compute_dtype == "float32" else 2
     per_token = cpu_kv_bytes_per_token(config, compute_dtype)
     tokens = limits.max_batch_size * limits.max_seq_len
-    disk_bytes = model_bytes(config, mapping, "bf16", "bf16").total_weights_bytes
     return Memory(
         gpu=None,
         gpu_memory_bytes=None,
@@ -452,7 +455,7 @@ def _cpu_memory(
         host_available_bytes=available_bytes,
         checkpoint_disk_bytes=disk_bytes,
         stages={
-            "checkpoint": StageNeed(CONVERSION_RAM_BYTES["bf16"], disk_bytes),
-            "bundle": StageNeed(CONVERSION_RAM_BYTES["bf16"], BUNDLE_DISK_BYTES),
+            "checkpoint": StageNeed(model.conversion_ram_bytes, disk_bytes),
+            "bundle": StageNeed(CONVERSION_RAM_BYTES, BUNDLE_DISK_BYTES),
         },
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from minitron_build.calibration.samples import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from minitron_build.planning.request import PlanRequest
 from minitron_build.planning.targets import ARCH_CHOICES, GENERATIONS
 from minitron_build.source.hub import DEFAULT_CHECKPOINT
@@ -13,6 +15,7 @@ REQUEST_FIELDS = (
     *("arch", "sm", "precision", "kv_cache_dtype", "tp_size", "pp_size"),
     *SIZE_FLAGS,
     *("gpu", "gpu_memory_gb", "kv_cache_fraction"),
+    *("calib_data", "calib_samples", "calib_seq_len"),
 )
 
 
@@ -54,6 +57,27 @@ def add_plan_flags(parser: argparse.ArgumentParser, *, auto_arch: str) -> None:
         metavar="NAME=VALUE",
         help="a plugin flag of trtllm-build, over what the plan chooses; may be given again",
     )
+    add_calibration_flags(parser)
+
+
+def add_calibration_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of an FP8 conversion; their names are fixed."""
+    add = parser.add_argument
+    add(
+        "--calib-data",
+        type=Path,
+        metavar="FILE",
+        help="calibration samples: .txt, .jsonl or .json of ids (default: texts in the package)",
+    )
+    add("--calib-samples", type=int, metavar="N", help=f"samples at most (default: {DEFAULT_SAMPLES})")
+    add("--calib-seq-len", type=int, metavar="N", help=f"tokens of a sample (default: {DEFAULT_SEQ_LEN})")
+    add(
+        "--fp8-exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="linear layers that stay bf16, such as '*.mlp.proj'; may be given again",
+    )
 
 
 def plan_request(args: argparse.Namespace) -> PlanRequest:
@@ -63,7 +87,7 @@ def plan_request(args: argparse.Namespace) -> PlanRequest:
         PlanError: a value out of range.
     """
     fields = {name: getattr(args, name) for name in REQUEST_FIELDS}
-    return PlanRequest(**fields, plugins=tuple(args.plugin))
+    return PlanRequest(**fields, plugins=tuple(args.plugin), fp8_exclude=tuple(args.fp8_exclude))
 
 
 def _plugin(text: str) -> tuple[str, str]:

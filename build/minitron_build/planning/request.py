@@ -7,7 +7,9 @@ target is the plan's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from minitron_build.calibration.samples import DEFAULT_SEQ_LEN, SampleRequest
 from minitron_build.errors import PlanError
 
 
@@ -30,6 +32,10 @@ class PlanRequest:
         gpu_memory_gb: its memory in 10^9 bytes, instead of what the table or the driver says.
         kv_cache_fraction: of the GPU memory free beside weights and activations, what the KV cache takes.
         plugins: (name, value) pairs for trtllm-build, over what the plan would choose.
+        calib_data: the user's calibration file; None for the texts in the package.
+        calib_samples: how many samples at most; None for the default.
+        calib_seq_len: tokens of a sample at most; None for the default.
+        fp8_exclude: patterns of linear layers that stay bf16 in an FP8 checkpoint.
     """
 
     arch: str = "auto"
@@ -46,6 +52,10 @@ class PlanRequest:
     gpu_memory_gb: float | None = None
     kv_cache_fraction: float = 0.9
     plugins: tuple[tuple[str, str], ...] = ()
+    calib_data: Path | None = None
+    calib_samples: int | None = None
+    calib_seq_len: int | None = None
+    fp8_exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"):
@@ -58,6 +68,22 @@ class PlanRequest:
             )
         if self.gpu_memory_gb is not None and not 0 < self.gpu_memory_gb < float("inf"):
             raise PlanError(f"--gpu-memory-gb is {self.gpu_memory_gb}", expected="a positive number")
+        _ = self.samples
+
+    @property
+    def samples(self) -> SampleRequest:
+        """The calibration set asked for."""
+        return SampleRequest(
+            self.calib_data,
+            self.calib_samples,
+            DEFAULT_SEQ_LEN if self.calib_seq_len is None else self.calib_seq_len,
+        )
+
+    @property
+    def fp8_flags(self) -> tuple[str, ...]:
+        """The flags given that only an FP8 conversion takes."""
+        names = ("calib_data", "calib_samples", "calib_seq_len", "fp8_exclude")
+        return tuple(flag_name(name) for name in names if getattr(self, name) not in (None, ()))
 
 
 def flag_name(field: str) -> str:

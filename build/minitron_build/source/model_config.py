@@ -84,10 +84,14 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters of the model; a tied lm_head counts once."""
-        attention = self.hidden_size * 2 * (self.q_size + self.kv_size)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+        return self.num_hidden_layers * self.layer_parameters + embeddings + self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        attention = self.hidden_size * 2 * (self.q_size + self.kv_size)
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
     @classmethod
     def read(cls, hf_dir: Path) -> ModelConfig:
