@@ -84,7 +84,7 @@ def test_an_open_loop_keeps_its_rate(bench: Bench, arrival: str) -> None:
     flags = f"--request-rate 20 --arrival {arrival} --duration-s 1.5 --warmup-requests 2"
     code, document, out, _ = bench(f"{flags} --prompt-tokens 8 --output-tokens 3")
     assert code == 0
-    assert "requests/s 20" in out
+    assert "request rate 20" in out
     (repeat,) = document["points"][0]["repeats"]
     assert repeat["num_ok"] == repeat["num_requests"]
     assert 12 <= repeat["num_requests"] <= 50

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from minitron_client.bench import bench_command, table
-from minitron_client.bench.comparison import compare
+from minitron_client.bench.comparison import Ratio, compare
 from minitron_client.bench.generator import PointRun
 from minitron_client.bench.load import LoadPoint
 from minitron_client.bench.measure import Distribution, ErrorCount, Estimate, Measurement, measure, t_quantile
@@ -349,6 +349,13 @@ def test_ratio_bounds_hold_the_true_ratio() -> None:
     assert 0.93 < held / 1000 <= 0.99  # the table errs to the wide side
 
 
+def test_bounds_that_say_nothing_are_not_spelled_out() -> None:
+    ratio = Ratio(LoadPoint("closed", 1), "ttft_s", "p50", 1.0, 2.0, 2.0, 1e-4, 4e4, "within noise")
+    assert table.bounds(ratio) == "below 0.01 to above 100"
+    assert table.bounds(dataclasses.replace(ratio, low=1.5, high=2.5)) == "1.500 to 2.500"
+    assert table.bounds(dataclasses.replace(ratio, low=None)) == "-"
+
+
 def test_without_repeats_the_noise_is_not_known() -> None:
     ratios = compare(result_of((1.0,)), result_of((1.5, 1.6)))
     assert {ratio.verdict for ratio in ratios} == {"noise not known"}
@@ -385,7 +392,7 @@ def test_other_workloads_and_other_loads_are_refused() -> None:
     other = dataclasses.replace(before, workload=dataclasses.replace(before.workload, output_tokens="65"))
     with pytest.raises(BenchError, match="output_tokens '64' against '65'; measure both with the same flags"):
         compare(before, other)
-    with pytest.raises(BenchError, match="no load point in common: concurrency 1 against requests/s 1"):
+    with pytest.raises(BenchError, match="no load point in common: concurrency 1 against request rate 1"):
         compare(before, result_of((1.0,), loop="open"))
 
 

@@ -41,7 +41,7 @@ class LoadPoint:
     @property
     def label(self) -> str:
         """Words for a table row."""
-        words = {"closed": "concurrency", "open": "requests/s", "trace": "trace, requests/s"}
+        words = {"closed": "concurrency", "open": "request rate", "trace": "trace, request rate"}
         return f"{words[self.loop]} {self.level:g}"
 
 

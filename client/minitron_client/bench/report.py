@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minitron_client.bench.comparison import Ratio
 from minitron_client.bench.metrics import DUE, HEADLINES, METRICS, headline_label, shown
 from minitron_client.bench.result import BenchResult, PointResult, write_text
-from minitron_client.bench.table import failures, number
+from minitron_client.bench.table import bounds, failures, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,14 +172,13 @@ def _health_rows(point: PointResult) -> list[list[str]]:
 
 
 def _ratio_row(ratio: Ratio) -> dict[str, str]:
-    has_bounds = ratio.low is not None and ratio.high is not None
     return {
         "load": ratio.point.label,
         "what": headline_label(ratio.name, ratio.field),
         "before": number(shown(ratio.name, ratio.before)),
         "after": number(shown(ratio.name, ratio.after)),
         "ratio": "-" if ratio.ratio is None else f"{ratio.ratio:.3f}",
-        "bounds": f"{ratio.low:.3f} to {ratio.high:.3f}" if has_bounds else "-",
+        "bounds": bounds(ratio),
         "verdict": ratio.verdict,
     }
 

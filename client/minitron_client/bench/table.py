@@ -50,11 +50,20 @@ def comparison_table(ratios: Sequence[Ratio]) -> str:
                 before,
                 after,
                 "-" if ratio.ratio is None else f"{ratio.ratio:.3f}",
-                "-" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}",
+                bounds(ratio),
                 ratio.verdict,
             ]
         )
     return aligned(rows, num_text_columns=2)
+
+
+def bounds(ratio: Ratio) -> str:
+    """The bounds of a ratio; what is beyond a factor of a hundred is not spelled out."""
+    if ratio.low is None or ratio.high is None:
+        return "-"
+    low = "below 0.01" if ratio.low < 0.01 else f"{ratio.low:.3f}"
+    high = "above 100" if ratio.high > 100 else f"{ratio.high:.3f}"
+    return f"{low} to {high}"
 
 
 def number(value: float) -> str:
