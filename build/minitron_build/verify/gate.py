@@ -7,10 +7,10 @@ measures there are and which sequences they need; the measures themselves are ot
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron_build.errors import RefusedError
 from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, EvalSet, read_eval_set
@@ -20,12 +20,19 @@ from minitron_build.verify.golden_prompts import (
     compare_golden,
     greedy_continuations,
 )
-from minitron_build.verify.models import open_models
+from minitron_build.verify.models import Arithmetic, open_models
 from minitron_build.verify.result import VerifyResult
-from minitron_build.verify.side_by_side import Progress, SideBySide, compare_tokens, run_side_by_side
-from minitron_build.verify.spans import Sequences, Span
+from minitron_build.verify.side_by_side import (
+    SideBySide,
+    compare_tokens,
+    run_side_by_side,
+)
 from minitron_build.verify.statistics import TokenComparison, compare_rows
+from minitron_build.verify.suggest import suggest
 from minitron_build.verify.thresholds import Thresholds
+
+if TYPE_CHECKING:
+    from minitron_build.verify.runner import Ids, Progress
 
 __all__ = ["VerifyRequest", "VerifyResult", "short_verify", "verify"]
 
@@ -48,6 +55,7 @@ class VerifyRequest:
         name: of the candidate, as the user wrote it.
         thresholds: over the defaults, by name of the measure.
         skipped: parts left out, with the reason that the result gives.
+        has_suggestion: also rank the modules that `--fp8-exclude` could name.
     """
 
     name: str
@@ -56,8 +64,10 @@ class VerifyRequest:
     eval_data: Path | None = None
     num_samples: int = DEFAULT_SAMPLES
     seq_len: int = DEFAULT_SEQ_LEN
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
     thresholds: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    has_suggestion: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("num_samples", 1), ("seq_len", 2)):
@@ -106,23 +116,12 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """One part of a verification: its sequences, and where their rows begin.
-
-    Attributes:
-        spans: rows of each sequence in the pass.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Finding:
     """What a part found: numbers to judge, and facts for the report."""
 
     numbers: Mapping[str, float]
     facts: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class Verification:
@@ -133,7 +132,12 @@ class Verification:
 
         self.request, self.progress = request, progress
         max_tokens = max(LONG_PROMPT_TOKENS, request.seq_len)
-        self.models = open_models(request.checkpoint_dir, request.source_dir, max_tokens=max_tokens)
+        self.models = open_models(
+            request.checkpoint_dir,
+            request.source_dir,
+            max_tokens=max_tokens,
+            arithmetic=request.arithmetic,
+        )
         self.tokenizer = TextTokenizer(request.source_dir)
         self.thresholds = Thresholds(self.models.kind, request.thresholds)
         self.eval_set = self._read_eval_set()
@@ -141,36 +145,37 @@ class Verification:
     def run(self) -> VerifyResult:
         """Measure and judge."""
         started_s = time.monotonic()
-        prompts = self._golden_ids()
-        continuations = greedy_continuations(self.models.source, prompts, CONTINUATION_TOKENS, self.progress)
-        sequences = {
-            "eval": self.eval_set.sequences,
-            GOLDEN: tuple(prompt + ids for prompt, ids in zip(prompts, continuations, strict=True)),
-            LONG: () if LONG in self.request.skipped else (self._long_prompt(),),
-        }
-        parts, shared = _laid_out(sequences)
-        repeated = self._repeated()
-        passed = run_side_by_side(self.models.source, self.models.candidate, shared, repeated, self.progress)
-        findings = [_judge_eval(passed, parts["eval"], self.eval_set), _judge_layers(passed)]
-        if LONG not in self.request.skipped:
-            findings.append(_judge_long_prompt(passed, parts[LONG]))
-        if GOLDEN not in self.request.skipped:
-            findings.append(self._judge_golden(passed, parts[GOLDEN], continuations))
-        if REPEAT not in self.request.skipped:
-            findings.append(_judge_repeat(passed, shared.followed_by(repeated).spans[-2:]))
+        models, eval_ids = self.models, self.eval_set.sequences
+        prompts = self._golden_prompts()
+        continuations = greedy_continuations(models.source, prompts, CONTINUATION_TOKENS, self.progress)
+        golden = tuple(prompt + ids for prompt, ids in zip(prompts, continuations, strict=True))
+        long = () if LONG in self.request.skipped else (self._long_prompt(),)
+        shared, repeated = (*eval_ids, *golden, *long), self._repeated()
+        reuse_at = {len(shared) + index: len(ids) // 2 for index, ids in enumerate(repeated) if index}
+        passed = run_side_by_side(models.source, models.candidate, shared, repeated, reuse_at, self.progress)
+        findings = [_judge_eval(passed, self.eval_set), _judge_layers(passed)]
+        if long:
+            findings.append(_judge_long_prompt(passed, len(eval_ids) + len(golden), long[0]))
+        if golden:
+            findings.append(self._judge_golden(passed, len(eval_ids), continuations))
+        if repeated:
+            findings.append(_judge_repeat(passed, len(shared), len(repeated[0])))
+        if self.request.has_suggestion:
+            suggestion = suggest(models, eval_ids, self.progress)
+            findings.append(Finding({}, {"suggestions": suggestion.as_dict()}, tuple(suggestion.lines())))
         return self._result(findings, time.monotonic() - started_s)
 
     def _read_eval_set(self) -> EvalSet:
         return read_eval_set(
             self.request.eval_data,
             encode=lambda text: self.tokenizer.encode(text, add_special_tokens=False),
-            vocab_size=self.models.source.config.vocab_size,
+            vocab_size=self.models.source.source.config.vocab_size,
             bos_token_id=self.models.bos_token_id,
             num_samples=self.request.num_samples,
             seq_len=min(self.request.seq_len, self.models.max_positions),
         )
 
-    def _golden_ids(self) -> tuple[tuple[int, ...], ...]:
+    def _golden_prompts(self) -> tuple[tuple[int, ...], ...]:
         if GOLDEN in self.request.skipped:
             return ()
         bos = () if self.models.bos_token_id is None else (self.models.bos_token_id,)
@@ -179,17 +184,17 @@ class Verification:
     def _long_prompt(self) -> tuple[int, ...]:
         return self.eval_set.long_prompt(min(LONG_PROMPT_TOKENS, self.models.max_positions))
 
-    def _repeated(self) -> Sequences:
-        """One prompt twice, the second time on the KV cache of its first half."""
+    def _repeated(self) -> tuple[Ids, ...]:
+        """One prompt twice; the second time its second half is computed on the KV cache of the first."""
         if REPEAT in self.request.skipped:
-            return Sequences(())
-        prompt = self.eval_set.long_prompt(min(REPEAT_TOKENS, self.models.max_positions))
-        return Sequences((prompt, prompt), {1: len(prompt) // 2})
+            return ()
+        return (self.eval_set.long_prompt(min(REPEAT_TOKENS, self.models.max_positions)),) * 2
 
-    def _judge_golden(self, passed: SideBySide, part: Part, continuations: list[tuple[int, ...]]) -> Finding:
+    def _judge_golden(self, passed: SideBySide, first: int, continuations: list[Ids]) -> Finding:
         compared = []
-        for prompt, source_ids, span in zip(PROMPTS, continuations, part.spans, strict=True):
-            rows = passed.logits(span.end - 1 - len(source_ids), span.end - 1)
+        for index, (prompt, source_ids) in enumerate(zip(PROMPTS, continuations, strict=True), first):
+            end = len(passed.source[index]) - 1
+            rows = passed.logits(index, end - len(source_ids), end)
             text = self.tokenizer.decode(source_ids, skip_special_tokens=False)
             compared.append(compare_golden(prompt, source_ids, text, rows))
         numbers = {"golden_gap": max(one.gap for one in compared)}
@@ -199,26 +204,23 @@ class Verification:
         numbers = {name: value for finding in findings for name, value in finding.numbers.items()}
         facts = {name: value for finding in findings for name, value in finding.facts.items()}
         checks = tuple(self.thresholds.check(name, value) for name, value in numbers.items())
-        facts = {"kind": self.models.kind, **facts, "seconds": round(seconds, 2)}
+        facts = {
+            "kind": self.models.kind,
+            "compute_dtype": self.request.arithmetic.dtype,
+            "device": self.request.arithmetic.device,
+            **facts,
+            "seconds": round(seconds, 2),
+        }
         request = self.request
-        return VerifyResult(request.name, str(request.source_dir), checks, facts, request.skipped)
+        notes = tuple(note for finding in findings for note in finding.notes)
+        return VerifyResult(request.name, str(request.source_dir), checks, facts, request.skipped, notes)
 
 
-def _laid_out(
-    sequences: Mapping[str, tuple[tuple[int, ...], ...]],
-) -> tuple[dict[str, Part], Sequences]:
-    """All sequences behind one another, and where each part's are."""
-    shared = Sequences(tuple(ids for group in sequences.values() for ids in group))
-    spans: Iterator[Span] = iter(shared.spans)
-    parts = {name: Part(group, tuple(next(spans) for _ in group)) for name, group in sequences.items()}
-    return parts, shared
-
-
-def _judge_eval(passed: SideBySide, part: Part, eval_set: EvalSet) -> Finding:
+def _judge_eval(passed: SideBySide, eval_set: EvalSet) -> Finding:
     compared = TokenComparison.joined(
         tokens
-        for span, ids in zip(part.spans, part.ids, strict=True)
-        for tokens in compare_tokens(passed, span, ids)
+        for index, ids in enumerate(eval_set.sequences)
+        for tokens in compare_tokens(passed, index, ids)
     )
     names = ("perplexity_rise", "top1_agreement", "mean_kl", "p99_kl")
     facts = {
@@ -241,12 +243,11 @@ def _judge_layers(passed: SideBySide) -> Finding:
     return Finding({"layer_snr": passed.layers[worst].own_snr_db}, facts)
 
 
-def _judge_long_prompt(passed: SideBySide, part: Part) -> Finding:
+def _judge_long_prompt(passed: SideBySide, index: int, ids: Ids) -> Finding:
     import torch
 
-    (span,), (ids,) = part.spans, part.ids
     num_rows = min(LONG_PROMPT_ROWS, len(ids))
-    source, candidate = passed.logits(span.end - num_rows, span.end)
+    source, candidate = passed.logits(index, len(ids) - num_rows, len(ids))
     next_ids = torch.tensor([*ids[len(ids) - num_rows + 1 :], 0])  # behind the last one nothing is known
     compared = compare_rows(source, candidate, next_ids, len(ids) - num_rows)
     facts = {
@@ -259,11 +260,8 @@ def _judge_long_prompt(passed: SideBySide, part: Part) -> Finding:
     return Finding({"long_prompt_kl": compared.mean_kl}, {"long_prompt": facts})
 
 
-def _judge_repeat(passed: SideBySide, spans: list[Span]) -> Finding:
-    first, second = spans
-    half = (first.end - first.start) // 2
-    once = passed.candidate_logits(first.start + half, first.end)
-    again = passed.candidate_logits(second.start + half, second.end)
-    difference = float((once - again).abs().max())
-    facts = {"tokens": first.end - first.start, "reused_tokens": half}
-    return Finding({"repeat_difference": difference}, {"repeat_prompt": facts})
+def _judge_repeat(passed: SideBySide, index: int, num_tokens: int) -> Finding:
+    half = num_tokens // 2
+    once, again = (passed.candidate_logits(index + turn, half, num_tokens) for turn in (0, 1))
+    facts = {"tokens": num_tokens, "reused_tokens": half}
+    return Finding({"repeat_difference": float((once - again).abs().max())}, {"repeat_prompt": facts})

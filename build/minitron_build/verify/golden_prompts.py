@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minitron_build.verify.side_by_side import Progress
-from minitron_build.verify.spans import Sequences
 
 if TYPE_CHECKING:
     import torch
 
-    from minitron_build.verify.streamed_model import StreamedModel
+    from minitron_build.verify.runner import Progress, Runner
 
 PROMPTS = (
     "The capital of France is",
@@ -80,20 +78,19 @@ def compare_golden(
 
 
 def greedy_continuations(
-    model: StreamedModel, prompts: Sequence[Sequence[int]], num_tokens: int, progress: Progress
+    model: Runner, prompts: Sequence[Sequence[int]], num_tokens: int, progress: Progress
 ) -> list[tuple[int, ...]]:
     """Each prompt's likeliest continuation, all prompts together: one pass of the layers a token."""
+    import torch
+
     if not prompts:
         return []
     sequences = [list(prompt) for prompt in prompts]
-    head = model.head()
+    head = model.output_head()
     for step in range(num_tokens):
         progress("golden prompts", step, num_tokens)
-        spans = Sequences(tuple(map(tuple, sequences))).spans
-        hidden = model.embed(sequences)
-        for layer in model.layers():
-            hidden = layer(hidden, spans)
-        chosen = head.logits(hidden[[span.end - 1 for span in spans]]).argmax(-1)
+        hidden = model.through(sequences)
+        chosen = head.logits(torch.stack([one[-1] for one in hidden])).argmax(-1)
         for sequence, token in zip(sequences, chosen.tolist(), strict=True):
             sequence.append(token)
     progress("golden prompts", num_tokens, num_tokens)

@@ -7,17 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_build.errors import CheckpointError
-from minitron_build.verify.thresholds import EXACT, ROUNDED
+from minitron_build.verify.thresholds import EXACT, FP8, ROUNDED
 
 if TYPE_CHECKING:
     from minitron_build.runtime.reference_engine.config import CheckpointConfig
-    from minitron_build.verify.streamed_model import StreamedModel
+    from minitron_build.verify.runner import Runner
 
 SHAPE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_size"),
 )
 """What two models must agree in before their numbers mean anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How both models compute.
+
+    Attributes:
+        dtype: "float32" shows what quantisation alone costs; "bfloat16" adds an engine's own rounding.
+        device: "cpu" or "cuda".
+    """
+
+    dtype: str = "float32"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,21 +40,23 @@ class ModelPair:
     Attributes:
         kind: how the candidate's weights differ from the source's; one of thresholds.KINDS.
         bos_token_id: of the source.
+        max_positions: longest sequence both models take.
     """
 
-    source: StreamedModel
-    candidate: StreamedModel
+    source: Runner
+    candidate: Runner
     kind: str
     bos_token_id: int | None
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence both models take."""
-        return min(one.config.max_position_embeddings for one in (self.source, self.candidate))
+    max_positions: int
 
 
-def open_models(checkpoint_dir: Path, source_dir: Path, *, max_tokens: int) -> ModelPair:
+def open_models(
+    checkpoint_dir: Path, source_dir: Path, *, max_tokens: int, arithmetic: Arithmetic
+) -> ModelPair:
     """Open both; reads no weights yet.
+
+    Args:
+        max_tokens: of the longest sequence, if both models take it.
 
     Raises:
         CheckpointError: one of the two cannot be executed, or they are not of one shape.
@@ -49,19 +64,34 @@ def open_models(checkpoint_dir: Path, source_dir: Path, *, max_tokens: int) -> M
     from minitron_build.runtime.reference_engine import UnsupportedCheckpointError, open_checkpoint
     from minitron_build.source.model_config import ModelConfig
     from minitron_build.verify.hf_reader import HfReader
-    from minitron_build.verify.streamed_model import StreamedModel
+    from minitron_build.verify.runner import Runner
 
-    source_reader = HfReader(source_dir)
+    source = HfReader(source_dir)
     try:
-        reader = open_checkpoint(checkpoint_dir)
-        config = reader.config
-        _check_shape(source_reader.config, config, checkpoint_dir, source_dir)
-        candidate = StreamedModel(reader, max_tokens=max_tokens)
+        candidate = open_checkpoint(checkpoint_dir)
+        _check_shape(source.config, candidate.config, checkpoint_dir, source_dir)
+        max_positions = min(one.config.max_position_embeddings for one in (source, candidate))
+        source_runner, candidate_runner = (
+            Runner(
+                one,
+                max_seq_len=min(max_tokens, max_positions),
+                compute_dtype=arithmetic.dtype,
+                device=arithmetic.device,
+            )
+            for one in (source, candidate)
+        )
     except UnsupportedCheckpointError as error:
         raise CheckpointError(str(error)) from None
-    source = StreamedModel(source_reader, max_tokens=max_tokens)
-    kind = EXACT if source_reader.config.dtype == config.dtype else ROUNDED
-    return ModelPair(source, candidate, kind, ModelConfig.read(source_dir).bos_token_id)
+    bos_token_id = ModelConfig.read(source_dir).bos_token_id
+    kind = _kind(source.config, candidate.config)
+    return ModelPair(source_runner, candidate_runner, kind, bos_token_id, max_positions)
+
+
+def _kind(source: CheckpointConfig, candidate: CheckpointConfig) -> str:
+    quantization = candidate.quantization
+    if quantization.quant_algo is not None or quantization.has_fp8_kv_cache:
+        return FP8
+    return EXACT if source.dtype == candidate.dtype else ROUNDED
 
 
 def _check_shape(

@@ -24,6 +24,7 @@ class VerifyResult:
         checks: every number with a limit, in the table's order.
         facts: what was measured beside them, in the order it is shown (perplexities, tokens, digests, …).
         skipped: what was not measured, each with its reason.
+        notes: further lines for people.
     """
 
     candidate: str
@@ -31,6 +32,7 @@ class VerifyResult:
     checks: tuple[Check, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -70,3 +72,15 @@ class VerifyResult:
             found = check.rule.show(check.found)
             yield f"  {check.rule.title:<{width}}  {found:>14}  {check.bound:<20}  {verdict}"
         yield from (f"  not measured: {what} ({why})" for what, why in self.skipped.items())
+        yield from (f"  {note}" for note in self.notes)
+
+    def joined(self, name: str, other: VerifyResult) -> VerifyResult:
+        """This result with the checks of another, whose facts come under `name`."""
+        return VerifyResult(
+            self.candidate,
+            self.source,
+            self.checks + other.checks,
+            {**self.facts, name: other.facts},
+            {**self.skipped, **other.skipped},
+            self.notes + other.notes,
+        )

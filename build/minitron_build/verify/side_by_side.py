@@ -6,25 +6,23 @@ states, layer errors and logits of chosen rows; which sequences these are and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minitron_build.verify.spans import Sequences, Span
+from minitron_build.errors import StageError
 from minitron_build.verify.statistics import TokenComparison, compare_rows, snr_db
 
 if TYPE_CHECKING:
     import torch
 
-    from minitron_build.verify.streamed_model import Head, StreamedModel
+    from minitron_build.runtime.reference_engine.layerwise import OutputHead
+    from minitron_build.verify.runner import Ids, Progress, Runner
 
 LOGIT_ROWS = 64
 """Rows whose logits of both models are in memory at once: 33 MB each at 128,256 tokens."""
-LOCAL_ROWS = 1024
-"""Rows that also go through the candidate's layer from the source's hidden states."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
+LOCAL_TOKENS = 1024
+"""The first sequences, up to so many tokens, also show each layer's own error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +43,29 @@ class SideBySide:
     """What is left of a pass: hidden states behind the last layer, each layer's error, and both heads.
 
     Attributes:
-        source, candidate: float32 [rows, hidden]; the candidate may have more sequences behind the source's.
+        source, candidate: [tokens, hidden] of each sequence; the candidate may have more of them.
     """
 
-    source: torch.Tensor
-    candidate: torch.Tensor
+    source: list[torch.Tensor]
+    candidate: list[torch.Tensor]
     layers: tuple[LayerError, ...]
-    heads: tuple[Head, Head]
+    heads: tuple[OutputHead, OutputHead]
 
-    def logits(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of rows of the source and of the candidate, float32 [rows, vocab_size] each."""
-        return self.heads[0].logits(self.source[start:end]), self.candidate_logits(start, end)
+    def logits(self, index: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of rows of a sequence, the source's and the candidate's, float32 [rows, vocab_size] each."""
+        return self.heads[0].logits(self.source[index][start:end]), self.candidate_logits(index, start, end)
 
-    def candidate_logits(self, start: int, end: int) -> torch.Tensor:
-        """Logits of rows of the candidate, float32 [rows, vocab_size]."""
-        return self.heads[1].logits(self.candidate[start:end])
+    def candidate_logits(self, index: int, start: int, end: int) -> torch.Tensor:
+        """Logits of rows of a sequence, the candidate's alone."""
+        return self.heads[1].logits(self.candidate[index][start:end])
 
 
 def run_side_by_side(
-    source: StreamedModel,
-    candidate: StreamedModel,
-    shared: Sequences,
-    candidate_only: Sequences,
+    source: Runner,
+    candidate: Runner,
+    shared: Sequence[Ids],
+    candidate_only: Sequence[Ids],
+    reuse_at: Mapping[int, int],
     progress: Progress,
 ) -> SideBySide:
     """One pass of all layers.
@@ -74,59 +73,67 @@ def run_side_by_side(
     Args:
         shared: through both models.
         candidate_only: behind them, through the candidate alone.
-    """
-    import torch
+        reuse_at: by index in the candidate's sequences, where a KV cache is taken up again.
 
-    num_layers = source.config.num_hidden_layers
-    spans = shared.spans
-    both = shared.followed_by(candidate_only)
-    both_spans, local_spans = both.spans, list(_first_rows(spans))
-    num_local = local_spans[-1].end
-    source_hidden, candidate_hidden = source.embed(shared.ids), candidate.embed(both.ids)
+    Raises:
+        StageError: the source gives no finite numbers, so nothing can be held against it.
+    """
+    source_hidden, candidate_hidden = source.embed(shared), candidate.embed([*shared, *candidate_only])
+    num_local = _num_local(shared)
     errors = []
-    for index in range(num_layers):
-        progress("layers", index, num_layers)
+    for index in range(source.num_layers):
+        progress("layers", index, source.num_layers)
         before = source_hidden[:num_local]
-        source_hidden = source.layer(index)(source_hidden, spans)
-        layer = candidate.layer(index)
-        added = source_hidden[:num_local] - before
-        candidate_hidden = layer(candidate_hidden, both_spans)
-        errors.append(
-            LayerError(
-                _snr(added, layer(before, local_spans) - before),
-                _snr(source_hidden[:num_local], candidate_hidden[:num_local]),
-            )
-        )
-        del layer
-    progress("layers", num_layers, num_layers)
-    if not torch.isfinite(source_hidden).all():
-        raise FloatingPointError("the source's hidden states are not finite")
-    heads = source.head(), candidate.head()
+        source_hidden = source.run_layer(index, source_hidden)
+        # The source's own hidden states go through the candidate's layer too, behind all others.
+        through = candidate.run(candidate.source.layer(index), [*candidate_hidden, *before], reuse_at)
+        candidate.source.release()
+        candidate_hidden, given = through[:-num_local], through[-num_local:]
+        errors.append(_layer_error(before, source_hidden[:num_local], candidate_hidden[:num_local], given))
+        _check_finite(index, source_hidden)
+    progress("layers", source.num_layers, source.num_layers)
+    heads = source.output_head(), candidate.output_head()
     return SideBySide(source_hidden, candidate_hidden, tuple(errors), heads)
 
 
-def compare_tokens(passed: SideBySide, span: Span, ids: Sequence[int]) -> Iterator[TokenComparison]:
-    """Next-token distributions of both models at every row of a sequence that has a next token."""
+def compare_tokens(passed: SideBySide, index: int, ids: Ids) -> Iterator[TokenComparison]:
+    """Next-token distributions of both models at every token of a sequence that has a next one."""
     import torch
 
-    for start in range(span.start, span.end - 1, LOGIT_ROWS):
-        end = min(start + LOGIT_ROWS, span.end - 1)
-        offset = start - span.start
-        next_ids = torch.tensor(ids[offset + 1 : offset + 1 + end - start])
-        yield compare_rows(*passed.logits(start, end), next_ids, offset)
+    for start in range(0, len(ids) - 1, LOGIT_ROWS):
+        end = min(start + LOGIT_ROWS, len(ids) - 1)
+        next_ids = torch.tensor(ids[start + 1 : end + 1])
+        yield compare_rows(*passed.logits(index, start, end), next_ids, start)
 
 
-def _first_rows(spans: Sequence[Span]) -> Iterator[Span]:
-    """The first sequences, cut where there are more than LOCAL_ROWS rows."""
-    for span in spans:
-        if span.start < LOCAL_ROWS:
-            yield Span(span.start, min(span.end, LOCAL_ROWS))
+def _num_local(sequences: Sequence[Ids]) -> int:
+    """How many of the first sequences fit LOCAL_TOKENS; at least one."""
+    tokens = 0
+    for index, ids in enumerate(sequences):
+        tokens += len(ids)
+        if tokens > LOCAL_TOKENS:
+            return max(index, 1)
+    return len(sequences)
 
 
-def _snr(signal: torch.Tensor, approximation: torch.Tensor) -> float:
-    return snr_db(_energy(signal), _energy(signal - approximation))
+def _layer_error(
+    before: Sequence[torch.Tensor],
+    source: Sequence[torch.Tensor],
+    candidate: Sequence[torch.Tensor],
+    given: Sequence[torch.Tensor],
+) -> LayerError:
+    """Of one layer: hidden states before it, behind the source's, the candidate's own and those given it."""
+    added = [after - start for after, start in zip(source, before, strict=True)]
+    own_noise = [after - other for after, other in zip(source, given, strict=True)]
+    stream_noise = [after - other for after, other in zip(source, candidate, strict=True)]
+    return LayerError(snr_db(energy(added), energy(own_noise)), snr_db(energy(source), energy(stream_noise)))
 
 
-def _energy(rows: torch.Tensor) -> float:
+def energy(parts: Sequence[torch.Tensor]) -> float:
     """Sum of squares; row by row in float32, over the rows in float64."""
-    return float(rows.norm(dim=-1).double().square().sum())
+    return sum(float(part.float().norm(dim=-1).double().square().sum()) for part in parts)
+
+
+def _check_finite(index: int, hidden: Sequence[torch.Tensor]) -> None:
+    if not all(bool(one.isfinite().all()) for one in hidden):
+        raise StageError(f"the source's hidden states behind layer {index} are not finite: check its weights")

@@ -17,7 +17,6 @@ from minitron_build.errors import GateError, MachineError, RefusedError
 from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from minitron_build.verify.gate import PARTS, VerifyRequest, verify
 from minitron_build.verify.result import VerifyResult
-from minitron_build.verify.side_by_side import Progress
 from minitron_build.verify.target import Target
 from minitron_build.verify.thresholds import add_threshold_flags, given_thresholds
 
