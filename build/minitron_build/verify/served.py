@@ -1,8 +1,8 @@
 """A served bundle held against the reference engine: the same prompts as token ids, over gRPC.
 
-The server generates greedily; the reference reads each prompt with the server's own continuation behind it, so
-that one pass says at every token whether it would have taken the same, and how far the log-probabilities are
-apart. It knows the client's interface and nothing of Triton.
+The server generates greedily; the reference reads each prompt with the server's own continuation behind it:
+one pass says at every token whether it would have taken the same, and how far log-probabilities are apart.
+It knows the client's interface and nothing of Triton.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _numbers(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def _repeat_difference(completions: Sequence[Completion]) -> float:
-    """Largest difference of log-probabilities between the first answer and later ones; other ids: infinite."""
+    """Largest difference of log-probabilities between the answers; infinite where the ids differ."""
     first = completions[0]
     if any(other.token_ids != first.token_ids for other in completions[1:]):
         return math.inf

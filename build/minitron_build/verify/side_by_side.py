@@ -86,8 +86,7 @@ def run_side_by_side(
         before = source_hidden[:num_local]
         source_hidden = source.run_layer(index, source_hidden)
         # The source's own hidden states go through the candidate's layer too, behind all others.
-        through = candidate.run(candidate.source.layer(index), [*candidate_hidden, *before], reuse_at)
-        candidate.source.release()
+        through = candidate.run_layer(index, [*candidate_hidden, *before], reuse_at)
         candidate_hidden, given = through[:-num_local], through[-num_local:]
         errors.append(_layer_error(before, source_hidden[:num_local], candidate_hidden[:num_local], given))
         _check_finite(index, source_hidden)

@@ -150,9 +150,9 @@ def _units_alone(
         variants = []
         for part in _fp8_parts(other):
             mixed = _with_unit(stored, other, part)
-            variants += source.run(mixed, hidden[: len(windows)])
+            variants += source.run_stored(mixed, hidden[: len(windows)])
             places.append((index, part, _num_weights(other, part)))
-        hidden = [*source.run(stored, hidden), *variants]
+        hidden = [*source.run_stored(stored, hidden), *variants]
         source.source.release()
         candidate.source.release()
     head, count = source.output_head(), len(windows)
@@ -183,10 +183,10 @@ def _candidate_kl(
             if unit.layer == index:
                 better = _with_unit(better, source.source.layer(index), unit.part)
         if better is stored:
-            both = candidate.run(stored, [*as_is, *mixed])
+            both = candidate.run_stored(stored, [*as_is, *mixed])
             as_is, mixed = both[: len(windows)], both[len(windows) :]
         else:
-            as_is, mixed = candidate.run(stored, as_is), candidate.run(better, mixed)
+            as_is, mixed = candidate.run_stored(stored, as_is), candidate.run_stored(better, mixed)
         candidate.source.release()
         source.source.release()
     head = candidate.output_head()

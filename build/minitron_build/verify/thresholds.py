@@ -102,11 +102,16 @@ LIMITS: tuple[Limit, ...] = (
           _by_kind(0.001, 0.2, 1.0), _SUGGEST),
     Limit("repeat_difference", "repeated prompt's largest logit difference", "logits", True,
           _by_kind(1e-3, 1e-3, 1e-3), "the KV cache gives back other keys and values: report it"),
-    Limit("served_agreement", "served tokens the reference finds likeliest", "%", False, _always(0.95), _ENGINE),
-    Limit("served_gap", "logit gap where a served token is another", "logits", True, _always(1.0), _ENGINE),
-    Limit("served_log_prob", "served log-probabilities' mean difference", "nats", True, _always(0.1), _ENGINE),
-    Limit("served_long_prompt", "the same behind the long prompt", "nats", True, _always(0.2), _ROPE),
-    Limit("served_repeat", "the same between a prompt and its repetition", "nats", True, _always(0.05), _REUSE),
+    Limit("served_agreement", "served tokens the reference finds likeliest", "%", False,
+          _always(0.95), _ENGINE),
+    Limit("served_gap", "logit gap where a served token is another", "logits", True,
+          _always(1.0), _ENGINE),
+    Limit("served_log_prob", "served log-probabilities' mean difference", "nats", True,
+          _always(0.1), _ENGINE),
+    Limit("served_long_prompt", "the same behind the long prompt", "nats", True,
+          _always(0.2), _ROPE),
+    Limit("served_repeat", "the same between a prompt and its repetition", "nats", True,
+          _always(0.05), _REUSE),
 )  # fmt: skip
 """Every number that is judged; a defect of a bf16 candidate is always the conversion's."""
 BY_NAME = {limit.name: limit for limit in LIMITS}

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_build.errors import GateError, MachineError, RefusedError
 from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
@@ -19,6 +20,9 @@ from minitron_build.verify.gate import PARTS, VerifyRequest, verify
 from minitron_build.verify.result import VerifyResult
 from minitron_build.verify.target import Target
 from minitron_build.verify.thresholds import add_threshold_flags, given_thresholds
+
+if TYPE_CHECKING:
+    from minitron_build.verify.runner import Progress
 
 SKIP_REASON = "--skip"
 
