@@ -258,6 +258,22 @@ def test_cancel_frees_the_slot_and_knows_what_is_open(checkpoint: Path) -> None:
         engine.close()
 
 
+def test_of_those_that_wait_the_lowest_level_runs_first_and_the_oldest_of_it(checkpoint: Path) -> None:
+    limits = EngineLimits(max_batch_size=1, max_input_len=400, max_seq_len=600, max_num_tokens=256)
+    engine, collected = ReferenceEngine(checkpoint, limits), Collected()
+    try:
+        engine.submit(make_request("runs", max_tokens=500), collected)
+        collected.wait_for(lambda: "runs" in collected.outputs)
+        for key, level in (("b1", 2), ("c1", 3), ("a1", 1), ("b2", 2), ("a2", 1)):
+            engine.submit(make_request(key, max_tokens=1, priority_level=level), collected)
+        engine.cancel("runs")
+        collected.wait_for_end("a1", "a2", "b1", "b2", "c1")
+        ended = [key for key in collected.order if key != "runs"]
+        assert ended == ["a1", "a2", "b1", "b2", "c1"]
+    finally:
+        engine.close()
+
+
 def test_queue_is_bounded(checkpoint: Path) -> None:
     limits = EngineLimits(max_batch_size=1, max_input_len=400, max_seq_len=600, max_num_tokens=256)
     engine, collected = ReferenceEngine(checkpoint, limits, max_queue_size=2), Collected()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from minitron_build.repository import pbtxt
 from minitron_build.runtime.engine_step import EngineStep
 from minitron_build.runtime.inputs import Inputs
 from minitron_build.runtime.parameters import ParameterError, Parameters
+from minitron_build.runtime.priority import PriorityLevels
 from minitron_build.runtime.prompts import PromptEncoder
 from minitron_build.runtime.status import StatusError
 from minitron_build.runtime.text_generation import TextGeneration
 from minitron_build.runtime.text_request import TextSequence, read_text_request
 from minitron_build.runtime.token_request import read_token_request
 from minitron_build.runtime.tokenizer import TextTokenizer
+from minitron_build.runtime.tokenizer_files import TokenizerFiles
 from minitron_build.runtime.word_lists import pack, unpack
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +30,12 @@ MODEL_REPO = ROOT / "model_repo"
 UPSTREAM = json.loads((ROOT / "tests/golden/data/triton_tensors.json").read_text())["models"]
 MODELS = ("ensemble", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls", "postprocessing")
 TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
-ADDED = {"input": {"stop", "return_output_ids"}, "output": {"finish_reason", "output_ids"}}
+_TEXT = {"input": {"stop", "return_output_ids"}, "output": {"finish_reason", "output_ids"}}
+_TOKENIZER = {
+    "input": {"RETURN_TOKENIZER"},
+    "output": {"TOKENIZER_SHA256", "TOKENIZER_FILE_NAMES", "TOKENIZER_FILES"},
+}
+ADDED = {"tensorrt_llm_bls": _TEXT, "ensemble": _TEXT, "preprocessing": _TOKENIZER}
 PLACEHOLDERS = {"${logits_datatype}": "TYPE_FP32"}
 LEFT_OUT = {
     # What this model cannot use: other modalities, encoders, prompt tables, adapters, guided and draft
@@ -56,7 +65,7 @@ def test_the_repository_holds_the_five_models_and_nothing_else() -> None:
 def test_tensors_are_upstreams(model: str, side: str) -> None:
     ours = specs(model, side)
     upstream = {tensor["name"]: tensor for tensor in UPSTREAM[model][f"{side}s"]}
-    assert set(ours) - set(upstream) == (ADDED[side] if model in TEXT_MODELS else set())
+    assert set(ours) - set(upstream) == ADDED.get(model, {}).get(side, set())
     for name in set(ours) & set(upstream):
         theirs = upstream[name]
         reshape = theirs["reshape"]
@@ -73,8 +82,8 @@ def test_tensors_are_upstreams(model: str, side: str) -> None:
 
 
 def test_additions_are_optional_so_that_upstreams_clients_keep_working() -> None:
-    for model in TEXT_MODELS:
-        assert all(specs(model, "input")[name].optional for name in ADDED["input"])
+    for model, added in ADDED.items():
+        assert all(specs(model, "input")[name].optional for name in added["input"])
 
 
 def test_the_ensemble_is_the_text_model_under_its_second_name() -> None:
@@ -335,3 +344,41 @@ def test_a_status_is_one_line_and_one_of_the_known() -> None:
     assert str(StatusError("INTERNAL", "a\n  b")) == "INTERNAL: a b"
     with pytest.raises(ValueError, match="expected one of INVALID_ARGUMENT"):
         StatusError("TEAPOT", "x")
+
+
+# --- priorities and tokenizer files
+
+
+def levels(tmp_path: Path, count: str = "3", default: str = "2") -> PriorityLevels:
+    return PriorityLevels(parameters(tmp_path, priority_levels=count, default_priority_level=default))
+
+
+@pytest.mark.parametrize(
+    ("given", "level"), [("", 2), ("{}", 2), ('{"priority_level":1}', 1), ('{"priority_level":"3"}', 3)]
+)
+def test_a_requests_priority_level_is_read(tmp_path: Path, given: str, level: int) -> None:
+    assert levels(tmp_path).read(given) == level
+
+
+@pytest.mark.parametrize("asked", ["0", "4", "-1", "1.5", "true", '"first"', "null"])
+def test_a_wrong_priority_level_is_refused(tmp_path: Path, asked: str) -> None:
+    sentence = refusal(levels(tmp_path).read, f'{{"priority_level":{asked}}}')
+    assert sentence.endswith("this model has levels 1 (first) to 3")
+
+
+def test_a_default_level_that_there_is_not_refuses_the_load(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="expected 1 to priority_levels, which is 1"):
+        levels(tmp_path, count="1", default="2")
+
+
+def test_one_digest_stands_for_all_files_of_the_tokenizer(tiny_minitron: Path, tmp_path: Path) -> None:
+    arrays = TokenizerFiles(tiny_minitron).arrays()
+    names = [name.decode() for name in arrays["TOKENIZER_FILE_NAMES"][0]]
+    assert names == ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    for name, raw in zip(names, arrays["TOKENIZER_FILES"][0], strict=True):
+        assert raw == (tiny_minitron / name).read_bytes()
+        (tmp_path / name).write_bytes(raw)
+    listed = subprocess.run(["sha256sum", *names], cwd=tmp_path, capture_output=True, check=True).stdout
+    assert arrays["TOKENIZER_SHA256"].item() == hashlib.sha256(listed).hexdigest().encode()
+    (tmp_path / "tokenizer_config.json").write_bytes(b"{}")
+    assert TokenizerFiles(tmp_path).sha256.encode() != arrays["TOKENIZER_SHA256"].item()

@@ -75,8 +75,9 @@ def _place_engine(plan: BuildPlan, engine_dir: Path, output_dir: Path) -> None:
     for path in engine_dir.iterdir():
         os.link(path, version_dir / path.name)
     write_engine_model(engine, plan, output_dir / ENGINE_MODEL)
-    # Only the reference engine has a link; the C++ backend is asked through Triton.
-    _set_parameters(output_dir, {model: {"engine_link": "false"} for model in TEXT_MODELS})
+    # Only the reference engine has a link and priorities; the C++ backend is asked through Triton.
+    unlinked = {"engine_link": "false", "priority_levels": "1", "default_priority_level": "1"}
+    _set_parameters(output_dir, dict.fromkeys(TEXT_MODELS, unlinked))
     for model in TEXT_MODELS:
         config = pbtxt.read_config(output_dir / model)
         set_logits_type(config, engine)

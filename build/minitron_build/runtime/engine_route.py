@@ -25,8 +25,14 @@ Steps = list[tuple[int, EngineStep]]
 class EngineRoute(Protocol):
     """A way to the engine model. `take` is called by one thread, everything else by any."""
 
-    def ask(self, number: int, arrays: Mapping[str, Array], outputs: list[str]) -> None:
+    def ask(self, number: int, arrays: Mapping[str, Array], outputs: list[str], priority_level: int) -> None:
         """Begin a sequence; its steps come through `take`, the last of them is marked.
+
+        Args:
+            number: what its steps are marked with; never used again.
+            arrays: the engine model's inputs.
+            outputs: the engine model's outputs that are wanted.
+            priority_level: 1 is the first.
 
         Raises:
             StatusError: UNAVAILABLE, the engine model cannot be reached.
@@ -60,9 +66,9 @@ class LinkRoute:
         self._reader = FrameReader()
         self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
-    def ask(self, number: int, arrays: Mapping[str, Array], outputs: list[str]) -> None:
+    def ask(self, number: int, arrays: Mapping[str, Array], outputs: list[str], priority_level: int) -> None:
         """Begin a sequence. `outputs` follow from the flags among the arrays, so they are not sent."""
-        frame = to_frame(("ask", number, to_plain(arrays)))
+        frame = to_frame(("ask", number, to_plain(arrays), priority_level))
         with self._lock:
             try:
                 if self._socket is None:

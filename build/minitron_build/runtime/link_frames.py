@@ -7,6 +7,7 @@ array travels. It knows nothing of what a message means.
 
 from __future__ import annotations
 
+import hashlib
 import marshal
 import os
 import socket
@@ -30,7 +31,8 @@ def address(model_name: str) -> str:
     # Both processes are children of the same server. The leading NUL keeps the name off the file system; the
     # process namespace keeps two containers apart that share a network.
     namespace = os.stat("/proc/self/ns/pid").st_ino
-    return f"\0minitron_runtime.{namespace}.{os.getppid()}.{model_name}"
+    short = hashlib.sha256(model_name.encode()).hexdigest()[:16]  # an address has room for 107 bytes
+    return f"\0minitron_runtime.{namespace}.{os.getppid()}.{short}"
 
 
 def is_own_user(peer: socket.socket) -> bool:

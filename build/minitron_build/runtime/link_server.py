@@ -6,6 +6,7 @@ It knows connections and threads; what a request means it hands to its owner.
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 from collections.abc import Callable
@@ -122,7 +123,9 @@ class LinkServer:
     def _try_to_bind(self) -> bool:
         try:
             self._listener.bind(self._address)
-        except OSError:  # a reload: the model's former process still answers there
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # a reload: the model's former process still answers there
+                raise
             return False
         return True
 

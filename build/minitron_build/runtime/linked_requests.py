@@ -2,7 +2,7 @@
 
 It knows the link's messages, engine requests and outputs. It knows nothing of sockets and of text.
 
-A text model says `("ask", number, arrays)` and `("stop", number)`; it hears items
+A text model says `("ask", number, arrays, priority_level)` and `("stop", number)`; it hears items
 `(number, token_ids, log_probs, arrays, finish_reason, error)`, the last of which has a reason or an error.
 """
 
@@ -120,9 +120,16 @@ class LinkedRequests:
             if owner is connection:
                 self._stop(connection, number)
 
-    def _read(self, connection: LinkConnection, number: int, plain: PlainArrays) -> _Linked:
+    def _read(
+        self, connection: LinkConnection, number: int, plain: PlainArrays, priority_level: int
+    ) -> _Linked:
         inputs = Inputs(arrays := from_plain(plain), int(arrays[ROWS_OF].shape[0]))
-        asked = read_token_request(inputs, key=f"link.{id(connection)}.{number}", exclude_input_default=True)
+        asked = read_token_request(
+            inputs,
+            key=f"link.{id(connection)}.{number}",
+            exclude_input_default=True,
+            priority_level=priority_level,
+        )
         return _Linked(connection, number, asked, self._metrics)
 
     def _stop(self, connection: LinkConnection, number: int) -> None:

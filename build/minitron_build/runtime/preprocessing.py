@@ -1,6 +1,7 @@
 """The Triton model `preprocessing`: text to the tensors that `tensorrt_llm` takes.
 
-It knows upstream's tensor names. It is stateless, and knows nothing of what the ids are used for.
+It knows upstream's tensor names. It is stateless, and knows nothing of what the ids are used for. A client
+that tokenises by itself fetches the tokenizer's files here, so that it cannot disagree with the server.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .inputs import Array, Inputs
 from .orphan import end_with_parent
 from .parameters import Parameters
 from .prompts import PromptEncoder
+from .tokenizer_files import TokenizerFiles
 from .word_lists import pack
 
 
@@ -30,7 +32,9 @@ class TritonPythonModel:
         """
         tensors.check_numpy()
         end_with_parent()
-        self._encoder = PromptEncoder(Parameters(args))
+        parameters = Parameters(args)
+        self._encoder = PromptEncoder(parameters)
+        self._files = TokenizerFiles(parameters.folder("tokenizer_dir"))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; a bad one is refused and the others go on."""
@@ -38,7 +42,8 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            arrays = self._encode(tensors.read_inputs(request, rows_of="QUERY"))
+            inputs = tensors.read_inputs(request, rows_of="QUERY")
+            arrays = self._files.arrays() if inputs.same("RETURN_TOKENIZER", False) else self._encode(inputs)
             wanted = set(request.requested_output_names())
             return tensors.response({name: array for name, array in arrays.items() if name in wanted})
         except Exception as error:

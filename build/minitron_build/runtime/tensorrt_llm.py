@@ -24,6 +24,7 @@ from .linked_requests import LinkedRequests
 from .metrics import ENGINE_METRICS, REQUEST_METRICS, MetricBook, RequestMeter, TokenMeter
 from .orphan import end_with_parent
 from .parameters import Parameters
+from .priority import PriorityLevels
 from .reference_engine import EngineLimits, EngineOutput, QueueFullError, ReferenceEngine, RequestError
 from .status import CANCELLED, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, StatusError, invalid
 from .token_request import ROWS_OF, SequenceRequest, TokenRequest, is_stop, read_token_request
@@ -87,6 +88,7 @@ class TritonPythonModel:
         parameters = Parameters(args)
         limits = EngineLimits(**{name: parameters.number(name) for name in EngineLimits.__dataclass_fields__})
         self._exclude_input = parameters.flag("exclude_input_in_output")
+        self._priorities = PriorityLevels(parameters)
         self._engine = ReferenceEngine(
             parameters.folder("checkpoint_dir"),
             limits,
@@ -159,7 +161,12 @@ class TritonPythonModel:
             tensors.send_final(sender, tensors.response(empty_arrays(wanted)))
             return
         number = next(self._numbers)
-        asked = read_token_request(inputs, key=str(number), exclude_input_default=self._exclude_input)
+        asked = read_token_request(
+            inputs,
+            key=str(number),
+            exclude_input_default=self._exclude_input,
+            priority_level=self._priorities.read(request.parameters()),
+        )
         meter = RequestMeter(self._metrics, arrived_s)
         meter.accepted(sum(len(one.generation.input_ids) for one in asked.sequences))
         call = _Call(

@@ -26,6 +26,7 @@ from .inputs import Array, Inputs
 from .metrics import REQUEST_METRICS, MetricBook, RequestMeter, TokenMeter
 from .orphan import end_with_parent
 from .parameters import Parameters
+from .priority import PriorityLevels
 from .prompts import PromptEncoder
 from .status import CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, StatusError, invalid
 from .text_generation import LATEST, TextGeneration
@@ -77,6 +78,7 @@ class _Call:
     meter: RequestMeter
     asked: TextRequest
     outputs: frozenset[str]
+    priority_level: int
     deadline_s: float | None
     remaining: int
     streams: tuple[_Stream, ...] = ()
@@ -115,6 +117,7 @@ class TritonPythonModel:
         self._name = parameters.model_name
         self._all_outputs = frozenset(output["name"] for output in json.loads(args["model_config"])["output"])
         self._encoder = PromptEncoder(parameters)
+        self._priorities = PriorityLevels(parameters)
         self._skip_special_tokens = parameters.flag("skip_special_tokens")
         self._max_streams = parameters.number("max_concurrent_requests")
         self._route = _route(parameters, self._max_streams)
@@ -167,7 +170,8 @@ class TritonPythonModel:
         engine_outputs = _engine_outputs(call.asked)
         try:
             for stream in call.streams:
-                self._route.ask(stream.number, stream.text.sequence.engine_inputs, engine_outputs)
+                inputs_of = stream.text.sequence.engine_inputs
+                self._route.ask(stream.number, inputs_of, engine_outputs, call.priority_level)
         except Exception as error:
             # Through the loop: a sequence that was accepted may already be sending.
             for stream in call.streams:
@@ -182,9 +186,10 @@ class TritonPythonModel:
 
     def _open(self, arrival: _Arrival, inputs: Inputs) -> _Call:
         asked = read_text_request(inputs, self._encoder)
+        priority_level = self._priorities.read(arrival.request.parameters())
         with self._lock:
             self._check_room(len(asked.sequences))
-            call = self._new_call(arrival, asked)
+            call = self._new_call(arrival, asked, priority_level)
             is_first = not self._calls
             self._calls.add(call)
             self._streams.update((stream.number, stream) for stream in call.streams)
@@ -192,7 +197,7 @@ class TritonPythonModel:
             self._route.wake()  # the loop waits without an end while nothing is open
         return call
 
-    def _new_call(self, arrival: _Arrival, asked: TextRequest) -> _Call:
+    def _new_call(self, arrival: _Arrival, asked: TextRequest, priority_level: int) -> _Call:
         meter = RequestMeter(self._metrics, arrival.arrived_s)
         meter.accepted(sum(sequence.input_tokens for sequence in asked.sequences))
         meter.scheduled()
@@ -203,6 +208,7 @@ class TritonPythonModel:
             meter=meter,
             asked=asked,
             outputs=self._outputs_of(arrival.request, asked),
+            priority_level=priority_level,
             deadline_s=_deadline_s(arrival),
             remaining=len(asked.sequences),
         )

@@ -6,7 +6,7 @@ refused, never approximated. It knows nothing of text and of Triton's objects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,13 +87,16 @@ def is_stop(inputs: Inputs) -> bool:
     return bool(inputs.same("stop", False))
 
 
-def read_token_request(inputs: Inputs, *, key: str, exclude_input_default: bool) -> TokenRequest:
+def read_token_request(
+    inputs: Inputs, *, key: str, exclude_input_default: bool, priority_level: int = 1
+) -> TokenRequest:
     """Read a request to generate.
 
     Args:
         inputs: the request's tensors.
         key: beginning of the engine keys; unique among open requests.
         exclude_input_default: the model's setting where the request has none.
+        priority_level: 1 is the first.
 
     Raises:
         StatusError: INVALID_ARGUMENT with the tensor, what it holds and what was expected.
@@ -107,7 +110,14 @@ def read_token_request(inputs: Inputs, *, key: str, exclude_input_default: bool)
             f"expected at least 1 and at most {MAX_SEQUENCES} sequences in all"
         )
     sequences = tuple(
-        SequenceRequest(row, place, _read_generation(inputs, row, place, f"{key}.{row}.{place}", returns))
+        SequenceRequest(
+            row,
+            place,
+            replace(
+                _read_generation(inputs, row, place, f"{key}.{row}.{place}", returns),
+                priority_level=priority_level,
+            ),
+        )
         for row in range(inputs.batch_size)
         for place in range(num_sequences)
     )

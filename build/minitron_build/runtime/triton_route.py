@@ -47,8 +47,8 @@ class TritonRoute:
         self._stream_threads = ThreadPoolExecutor(max(1, max_streams), "stream")
         self._stop_threads = ThreadPoolExecutor(STOP_THREADS, "stop")
 
-    def ask(self, number: int, arrays: Mapping[str, Array], outputs: list[str]) -> None:
-        """Begin a sequence; a thread steps through its responses."""
+    def ask(self, number: int, arrays: Mapping[str, Array], outputs: list[str], priority_level: int) -> None:
+        """Begin a sequence; a thread steps through its responses. That backend knows no priorities."""
         with self._lock:
             engine_id = self._ids[number] = uuid.uuid4().hex
         self._stream_threads.submit(self._follow, number, engine_id, arrays, outputs)

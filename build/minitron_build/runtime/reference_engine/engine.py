@@ -181,7 +181,7 @@ class ReferenceEngine:
             if not self._open:
                 self._heartbeat_s = time.monotonic()  # an idle loop does not turn: its time counts from here
             self._open[request.key] = sequence
-            self._waiting.append(sequence)
+            self._waiting.insert(self._place_in_queue(request.priority_level), sequence)
             self._lock.notify()
 
     def _check_room_for(self, key: str) -> None:
@@ -194,6 +194,13 @@ class ReferenceEngine:
             raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting; max_queue_size is {self._max_queue_size}"
             )
+
+    def _place_in_queue(self, priority_level: int) -> int:
+        """Behind everything that waits with this level or a lower one."""
+        place = len(self._waiting)
+        while place and self._waiting[place - 1].request.priority_level > priority_level:
+            place -= 1
+        return place
 
     def cancel(self, key: str) -> bool:
         """End a request before the next step; its last output says "cancelled". False if it is not open."""
@@ -269,7 +276,7 @@ class ReferenceEngine:
             self._finish(sequence, "cancelled")
 
     def _admit(self) -> None:
-        """Let waiting requests run, oldest first, while a slot and memory for the whole length are free."""
+        """Let the queue's first requests run while a slot and memory for the whole length are free."""
         with self._lock:
             reserved = self._reserved_tokens()
             while self._waiting and len(self._running) < self._num_slots:

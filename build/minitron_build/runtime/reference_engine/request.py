@@ -121,6 +121,8 @@ class GenerationRequest:
     """Never completed in the output; the beginning of one may lie in the prompt."""
     embedding_bias: npt.NDArray[np.float32] | None = None
     """[vocab_size] float32, added to the logits."""
+    priority_level: int = 1
+    """Of the requests that wait, those with the lowest level run first, and of these the oldest."""
     return_log_probs: bool = False
     return_context_logits: bool = False
     return_generation_logits: bool = False
