@@ -116,22 +116,23 @@ async def test_health_shows_models_versions_queue_kv_cache_and_speed(
     running_server: TritonServer, channel: Channel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = {"text_input": "x", "max_tokens": 1900, "stream": True, "end_id": -1}
-    call = channel.open(message(TEXT, asked))
-    await call.read()
+    calls = [channel.open(message(TEXT, asked)) for _ in range(16)]  # one alone would be over too soon
+    await asyncio.gather(*(call.read() for call in calls))
     words = ["--url", running_server.grpc_url, "--metrics-url", running_server.metrics_url]
     parser = argparse.ArgumentParser()
     health_command.configure_parser(parser)
     await asyncio.sleep(2 * FLUSH_INTERVAL_S)  # the gauge has been handed over
     code = await asyncio.to_thread(health_command.run, parser.parse_args(words))
-    call.cancel()
+    for call in calls:
+        call.cancel()
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
     assert code == 0
     assert document["models"][TEXT]
     assert document["versions"][TEXT] == ["1"]
     load = document["load"]
-    assert load["running_requests"] == 1
+    assert load["running_requests"] == 16
     assert 0 < load["kv_cache_used"] < 1
     assert load["output_tokens_per_s"] > 0
-    for words_of_line in ("1 running, 0 waiting", "% of", "tokens/s"):
+    for words_of_line in ("16 running, 0 waiting", "% of", "tokens/s"):
         assert any(words_of_line in line for line in lines[:-1])
