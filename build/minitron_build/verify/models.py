@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_build.errors import CheckpointError
+from minitron_build.source.model_config import read_json_object
 from minitron_build.verify.thresholds import EXACT, FP8, ROUNDED
 
 if TYPE_CHECKING:
@@ -85,6 +86,31 @@ def open_models(
     bos_token_id = ModelConfig.read(source_dir).bos_token_id
     kind = _kind(source.config, candidate.config)
     return ModelPair(source_runner, candidate_runner, kind, bos_token_id, max_positions)
+
+
+def open_reference(model_dir: Path, *, max_tokens: int, arithmetic: Arithmetic) -> Runner:
+    """One model alone: a TensorRT-LLM checkpoint or an HF folder.
+
+    Raises:
+        CheckpointError: it cannot be executed.
+    """
+    from minitron_build.runtime.reference_engine import (
+        ModelSource,
+        UnsupportedCheckpointError,
+        open_checkpoint,
+    )
+    from minitron_build.verify.hf_reader import HfReader
+    from minitron_build.verify.runner import Runner
+
+    is_converted = "architecture" in read_json_object(model_dir / "config.json")
+    try:
+        source: ModelSource = open_checkpoint(model_dir) if is_converted else HfReader(model_dir)
+        max_seq_len = min(max_tokens, source.config.max_position_embeddings)
+        return Runner(
+            source, max_seq_len=max_seq_len, compute_dtype=arithmetic.dtype, device=arithmetic.device
+        )
+    except UnsupportedCheckpointError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _kind(source: CheckpointConfig, candidate: CheckpointConfig) -> str:

@@ -9,21 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_build.errors import GateError, MachineError, RefusedError
-from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
+from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, EvalSet, read_eval_set
 from minitron_build.verify.gate import PARTS, VerifyRequest, verify
+from minitron_build.verify.models import Arithmetic, open_reference
 from minitron_build.verify.result import VerifyResult
-from minitron_build.verify.target import Target
-from minitron_build.verify.thresholds import add_threshold_flags, given_thresholds
+from minitron_build.verify.target import GIVE_SOURCE, Target
+from minitron_build.verify.thresholds import FP8, add_threshold_flags, given_thresholds
 
 if TYPE_CHECKING:
-    from minitron_build.verify.runner import Progress
+    from minitron_build.verify.runner import Progress, Runner
 
+COMPUTE_DTYPES = ("float32", "bfloat16")
 SKIP_REASON = "--skip"
 
 
@@ -39,6 +41,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     add("--eval-seq-len", type=int, default=DEFAULT_SEQ_LEN, metavar="N", help="their tokens (%(default)s)")
     add("--skip", action="append", default=[], choices=PARTS, help="leave a part out; may be repeated")
     add("--skip-source", action="store_true", help="only the checks that need no source")
+    add(
+        "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic (%(default)s)"
+    )
     add("--suggest", action="store_true", help="modules whose exclusion from FP8 helps most per byte")
     add("--json", type=Path, metavar="FILE", help="the JSON of the last line, in a file")
     add("--html", type=Path, metavar="FILE", help="a report with plots, one self-contained file")
@@ -72,6 +77,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _verified(args: argparse.Namespace) -> VerifyResult:
     target = Target.open(args.path)
+    with _progress_bars() as progress:
+        if args.url is not None:
+            served = _against_server(args, target, progress)
+            has_both = args.against is not None and target.checkpoint_dir is not None
+            return _against_source(args, target, progress).joined("served", served) if has_both else served
+        if args.skip_source:
+            return _without_source(args, target, progress)
+        return _against_source(args, target, progress)
+
+
+def _against_source(args: argparse.Namespace, target: Target, progress: Progress) -> VerifyResult:
     checkpoint_dir = target.needed_checkpoint()
     source_dir = target.resolve_source(args.against)
     for difference in target.differences(source_dir):
@@ -83,11 +99,97 @@ def _verified(args: argparse.Namespace) -> VerifyResult:
         eval_data=args.eval_data,
         num_samples=args.eval_samples,
         seq_len=args.eval_seq_len,
+        arithmetic=_arithmetic(args),
         thresholds=given_thresholds(args),
-        skipped=dict.fromkeys(args.skip, SKIP_REASON),
+        skipped=_skipped(args),
+        has_suggestion=args.suggest,
     )
-    with _progress_bars() as progress:
-        return verify(request, progress)
+    return verify(request, progress)
+
+
+def _without_source(args: argparse.Namespace, target: Target, progress: Progress) -> VerifyResult:
+    from minitron_build.verify.alone import verify_alone
+
+    if target.tokenizer_dir is None:
+        raise RefusedError(
+            "a checkpoint alone has no tokenizer",
+            where=str(args.path),
+            todo=f"name its bundle, or {GIVE_SOURCE}",
+        )
+    model = open_reference(
+        target.needed_checkpoint(), max_tokens=args.eval_seq_len, arithmetic=_arithmetic(args)
+    )
+    eval_set = _eval_set(args, model, _encoder(target.tokenizer_dir))
+    return verify_alone(args.path, model, eval_set, given_thresholds(args), progress)
+
+
+def _against_server(args: argparse.Namespace, target: Target, progress: Progress) -> VerifyResult:
+    """The server beside the checkpoint, or beside the source where the bundle holds an engine only."""
+    from minitron_build.verify.served import LONG_PROMPT_TOKENS, SERVED_TOKENS, ServedRequest, verify_served
+
+    source_dir = None if args.against is None else target.resolve_source(args.against)
+    reference_dir = target.checkpoint_dir or source_dir or target.needed_checkpoint()
+    encode = _served_encoder(args.url, target.tokenizer_dir or source_dir)
+    model = open_reference(
+        reference_dir, max_tokens=LONG_PROMPT_TOKENS + SERVED_TOKENS, arithmetic=_arithmetic(args)
+    )
+    limits = target.limits or {}
+    longest = min(
+        limits.get("max_input_len", LONG_PROMPT_TOKENS),
+        limits.get("max_seq_len", LONG_PROMPT_TOKENS + SERVED_TOKENS) - SERVED_TOKENS,
+    )
+    request = ServedRequest(
+        args.url,
+        model,
+        str(reference_dir),
+        FP8,
+        encode,
+        _eval_set(args, model, encode),
+        max_input_len=longest,
+        thresholds=given_thresholds(args),
+        skipped=_skipped(args),
+    )
+    return verify_served(request, progress)
+
+
+def _eval_set(args: argparse.Namespace, model: Runner, encode: Callable[[str], list[int]]) -> EvalSet:
+    """Held-out text for a model whose tokenizer puts BOS in front of every prompt, or none."""
+    start = encode("")
+    config = model.source.config
+    return read_eval_set(
+        args.eval_data,
+        encode=lambda text: encode(text)[len(start) :],
+        vocab_size=config.vocab_size,
+        bos_token_id=start[0] if start else None,
+        num_samples=args.eval_samples,
+        seq_len=min(args.eval_seq_len, config.max_position_embeddings),
+    )
+
+
+def _encoder(tokenizer_dir: Path) -> Callable[[str], list[int]]:
+    from minitron_build.runtime.tokenizer import TextTokenizer
+
+    tokenizer = TextTokenizer(tokenizer_dir)
+    return lambda text: tokenizer.encode(text, add_special_tokens=True)
+
+
+def _served_encoder(url: str, tokenizer_dir: Path | None) -> Callable[[str], list[int]]:
+    """The tokenizer at hand, else the server's own."""
+    from minitron_client import MinitronClient
+
+    if tokenizer_dir is not None:
+        return _encoder(tokenizer_dir)
+    with MinitronClient(url) as client:
+        tokenizer = client.tokenizer()
+    return tokenizer.encode
+
+
+def _arithmetic(args: argparse.Namespace) -> Arithmetic:
+    return Arithmetic(args.compute_dtype, "cuda" if args.gpu else "cpu")
+
+
+def _skipped(args: argparse.Namespace) -> dict[str, str]:
+    return dict.fromkeys(args.skip, SKIP_REASON)
 
 
 def _check_writable(path: Path) -> None:
