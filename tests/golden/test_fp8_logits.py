@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fp8_model import Recorder, check_engine, write_fp8_checkpoint
+from fp8_model import CALIBRATION_IDS, Recorder, check_engine, write_fp8_checkpoint
+from minitron_build.calibration.samples import CalibrationSet
+from minitron_build.checkpoint.convert_fp8 import Fp8Choice, convert_fp8_checkpoint
+from minitron_build.cli import main
 from minitron_build.runtime.reference_engine import LlamaModel
 from minitron_build.runtime.reference_engine import kv_cache as kv_cache_module
 from minitron_build.runtime.reference_engine import linear as linear_module
@@ -58,6 +61,48 @@ def test_logits_equal_float64_with_one_byte_weights(
     checkpoint = write_fp8_checkpoint(tiny_minitron, tmp_path / "fp8")
     found = engine_logits(checkpoint, SHORT_IDS, recorder, keeps_fp8_bytes=True)
     assert_close(found, check_engine(tiny_minitron, checkpoint, SHORT_IDS, recorder, PREFILL_CHUNK_TOKENS))
+
+
+def test_bfloat16_rounds_as_an_engine_of_that_dtype(
+    tiny_minitron: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    checkpoint = write_fp8_checkpoint(tiny_minitron, tmp_path / "fp8")
+    found = engine_logits(checkpoint, SHORT_IDS, recorder, compute_dtype="bfloat16")
+    arguments = (tiny_minitron, checkpoint, SHORT_IDS, recorder, PREFILL_CHUNK_TOKENS)
+    expected = check_engine(*arguments, dtype=torch.bfloat16)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("exclude", [(), ("*.mlp.proj", "transformer.layers.0.*")])
+def test_the_converters_own_checkpoint(
+    tiny_minitron: Path, tmp_path: Path, recorder: Recorder, exclude: tuple[str, ...]
+) -> None:
+    data = CalibrationSet("own", "0" * 64, tuple(CALIBRATION_IDS[n : n + 30] for n in range(0, 300, 30)), 30)
+    choice = Fp8Choice(exclude=exclude)
+    checkpoint = convert_fp8_checkpoint(tiny_minitron, tmp_path / "fp8", data, choice=choice).path
+    found = engine_logits(checkpoint, SHORT_IDS, recorder)
+    assert_close(found, check_engine(tiny_minitron, checkpoint, SHORT_IDS, recorder, PREFILL_CHUNK_TOKENS))
+
+
+def test_minitron_logits_prints_them(
+    tiny_minitron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_fp8_checkpoint(tiny_minitron, tmp_path / "fp8")
+    (tmp_path / "ids.json").write_text(json.dumps([SHORT_IDS]))
+    assert main(["logits", str(checkpoint), "--input-ids", str(tmp_path / "ids.json"), "--top-k", "3"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    values, ids = LlamaModel(checkpoint, max_seq_len=64).last_logits(SHORT_IDS).topk(3)
+    assert result["top"] == [list(pair) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(
+    tiny_minitron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids.json").write_text("[[1]]")
+    flags = ["--input-ids", str(tmp_path / "ids.json"), "--device", "cuda"]
+    assert main(["logits", str(tmp_path), *flags]) == 1
+    assert "--device: torch" in capsys.readouterr().err
 
 
 def test_logits_equal_float64_at_8200_tokens(tiny_minitron: Path, tmp_path: Path, recorder: Recorder) -> None:

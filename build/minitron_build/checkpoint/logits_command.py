@@ -1,4 +1,4 @@
-"""`minitron logits`: next-token logits of a TensorRT-LLM checkpoint, computed on this CPU, as JSON.
+"""`minitron logits`: next-token logits of a TensorRT-LLM checkpoint, bf16 or FP8, computed here, as JSON.
 
 It knows the files and the flags; the reference engine knows the model. One line on stdout:
 `{"results": [{"top": [[id, logit], ...]}, ...]}`, one result per sequence, for its last position.
@@ -14,6 +14,7 @@ from typing import Any
 from minitron_build.errors import CheckpointError, RefusedError
 
 COMPUTE_DTYPE_NAMES = ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda")
 DEFAULT_TOP_K = 10
 
 
@@ -29,6 +30,12 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compute-dtype", choices=COMPUTE_DTYPE_NAMES, default="float32", help="arithmetic (%(default)s)"
     )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="where; a GPU from Ada on multiplies FP8 numbers itself (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         read_input_ids(args.input_ids),
         top_k=args.top_k,
         compute_dtype=args.compute_dtype,
+        device=args.device,
     )
     print(json.dumps({"results": [{"top": top} for top in results]}))
     return 0
@@ -49,18 +57,20 @@ def top_logits(
     *,
     top_k: int = DEFAULT_TOP_K,
     compute_dtype: str = "float32",
+    device: str = "cpu",
 ) -> list[list[tuple[int, float]]]:
     """The largest logits behind each sequence.
 
     Args:
-        checkpoint_dir: a TensorRT-LLM checkpoint, any tp x pp mapping, unquantized.
+        checkpoint_dir: a TensorRT-LLM checkpoint, any tp x pp mapping, unquantised or FP8.
         sequences: token ids, at least one each.
         top_k: how many (id, logit) pairs per sequence, the largest first.
         compute_dtype: "float32" or "bfloat16".
+        device: "cpu" or "cuda".
 
     Raises:
         CheckpointError: the checkpoint cannot be executed.
-        RefusedError: an id outside the vocabulary, too many tokens, or a bad top_k.
+        RefusedError: no CUDA device, an id outside the vocabulary, too many tokens, or a bad top_k.
     """
     from minitron_build.runtime.reference_engine import (
         LlamaModel,
@@ -68,13 +78,14 @@ def top_logits(
         read_checkpoint_config,
     )
 
+    _check_device(device)
     try:
         config = read_checkpoint_config(checkpoint_dir)
         _check_top_k(top_k, config.vocab_size)
         for number, ids in enumerate(sequences):
             _check_sequence(number, ids, config.vocab_size, config.max_position_embeddings)
         longest = max(len(ids) for ids in sequences)
-        model = LlamaModel(checkpoint_dir, max_seq_len=longest, compute_dtype=compute_dtype)
+        model = LlamaModel(checkpoint_dir, max_seq_len=longest, compute_dtype=compute_dtype, device=device)
     except UnsupportedCheckpointError as error:
         raise CheckpointError(str(error)) from error
     return [_top(model.last_logits(ids), top_k) for ids in sequences]
@@ -111,6 +122,18 @@ def read_input_ids(path: Path) -> list[list[int]]:
 
 def _is_id_list(ids: object) -> bool:
     return isinstance(ids, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RefusedError(
+            f"torch {torch.__version__} finds no CUDA device",
+            expected="a GPU and a torch built for it",
+            where="--device",
+            todo="use --device cpu",
+        )
 
 
 def _check_top_k(top_k: int, vocab_size: int) -> None:

@@ -170,7 +170,7 @@ class CheckpointReader:
                 yield from self._linear_needs(LM_HEAD, (self._padded_vocab_rows, config.hidden_size))
 
     def _linear_needs(self, module: str, shape: tuple[int, ...]) -> Iterator[_Need]:
-        if not self.config.quantization.is_fp8(module):
+        if not self._is_fp8(module):
             yield _Need(f"{module}.weight", (STORED_DTYPES[self.config.dtype],), shape)
             return
         yield _Need(f"{module}.weight", FP8_DTYPES, shape)
@@ -253,12 +253,17 @@ class CheckpointReader:
 
         Raises:
             UnsupportedCheckpointError: a scaling factor that is not a positive number, differs between ranks
-                or contradicts another; an FP8 weight with NaN.
+                or contradicts another; an FP8 weight with NaN; fc without gate in FP8, or the reverse.
         """
         ranges = layer_ranges(self.config.num_hidden_layers, self.config.pp_size)
         pp_rank = next(rank for rank, held in enumerate(ranges) if index in held)
         prefix = f"transformer.layers.{index - ranges[pp_rank].start}."
         first = self._ranks[pp_rank * self.config.tp_size]
+        if self._is_fp8(f"{prefix}mlp.fc") != self._is_fp8(f"{prefix}mlp.gate"):
+            raise UnsupportedCheckpointError(
+                f"{first.path}: one of {prefix}mlp.fc and mlp.gate is FP8; expected both or neither, because "
+                "TensorRT-LLM multiplies them as one; exclude both"
+            )
         return StoredLayer(
             input_layernorm=first.load(f"{prefix}input_layernorm.weight"),
             qkv=self._linear(pp_rank, f"{prefix}attention.qkv", self._join_qkv),
@@ -275,6 +280,9 @@ class CheckpointReader:
         for file in self._ranks:
             file.release()
 
+    def _is_fp8(self, module: str) -> bool:
+        return self.config.quantization.is_fp8(module)
+
     def _files(self, pp_rank: int) -> list[SafetensorsFile]:
         tp_size = self.config.tp_size
         return self._ranks[pp_rank * tp_size : (pp_rank + 1) * tp_size]
@@ -284,7 +292,7 @@ class CheckpointReader:
     ) -> StoredLinear:
         files = self._files(pp_rank)
         parts = [file.load(f"{module}.weight") for file in files]
-        if not self.config.quantization.is_fp8(module):
+        if not self._is_fp8(module):
             return StoredLinear(parts[0] if len(parts) == 1 else join(parts))
         # Bytes, because torch joins no E4M3; a writer without the dtype called them int8 anyway.
         parts = [part.view(torch.int8) for part in parts]
