@@ -103,8 +103,7 @@ class PlayingStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._has_ended:
-            self._client.cancelled.append(self._call.request_id)
+        await self.close()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self._steps
@@ -125,8 +124,15 @@ class PlayingStream:
             log_probs=log_probs if sampling.return_log_probs else None,
         )
 
+    async def close(self) -> None:
+        if not self._has_ended:
+            self._client.cancelled.append(self._call.request_id)
+            self._has_ended = True
+
     async def _play(self) -> AsyncIterator[Chunk]:
         for step in self._client.script(self._call):
+            if self._has_ended:
+                return
             if isinstance(step, MinitronClientError):
                 self._has_ended = True
                 raise step

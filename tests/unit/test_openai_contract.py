@@ -35,7 +35,7 @@ def test_the_playing_client_is_called_as_the_real_one(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["__aenter__", "__aexit__", "final"])
+@pytest.mark.parametrize("name", ["__aenter__", "__aexit__", "final", "close"])
 def test_the_playing_stream_is_awaited_as_the_real_one(name: str) -> None:
     for kind in (PlayingStream, AsyncTextStream):
         assert inspect.iscoroutinefunction(getattr(kind, name))

@@ -107,7 +107,6 @@ def test_null_is_the_same_as_nothing() -> None:
         ({"logprobs": 1}, "logprobs", "give 0, or 1 with temperature=0"),
         ({"logprobs": 2, "temperature": 0}, "logprobs", "give 0, or 1 with temperature=0"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
-        ({"prompt": [1], "echo": True}, "echo", "token ids"),
         ({"seed": 2**64}, "seed", "less than 18446744073709551616"),
     ],
 )

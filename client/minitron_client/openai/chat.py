@@ -10,7 +10,8 @@ from minitron_client.openai.choice_text import Piece
 from minitron_client.openai.completions import check_alternatives
 from minitron_client.openai.fields import ChatFields
 from minitron_client.openai.reply import Reply
-from minitron_client.openai.token_texts import TokenBytes, TokenText
+from minitron_client.openai.served_tokenizer import ServedTokenizer
+from minitron_client.openai.token_texts import TokenText
 
 DEFAULT_CHAT_TOKENS = 512
 
@@ -43,10 +44,10 @@ class ChatReply(Reply):
         *,
         model: str,
         default_max_tokens: int,
-        vocabulary: TokenBytes | None = None,
+        tokenizer: ServedTokenizer | None = None,
     ) -> None:
         self._default_max_tokens = default_max_tokens
-        super().__init__(fields, [prompt], model=model, vocabulary=vocabulary)
+        super().__init__(fields, [prompt], model=model, tokenizer=tokenizer)
 
     @property
     def max_tokens(self) -> int:

@@ -49,10 +49,12 @@ class ChatTemplate:
         except TemplateError as error:
             raise ChatTemplateError(f"the tokenizer's chat template is no Jinja template: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, adds_bos: bool = True) -> str:
         """The prompt, up to where the assistant's answer begins.
 
-        The BOS token in front is left out, because the server puts one in front of every prompt.
+        Args:
+            messages: the conversation, each with `role` and `content`.
+            adds_bos: the server puts a BOS token in front of every prompt: the template's own is left out.
 
         Raises:
             ApiError: 400, the template refuses the conversation.
@@ -69,7 +71,7 @@ class ChatTemplate:
             ) from None
         except (TemplateError, TypeError, KeyError) as error:
             raise ApiError(f"the chat template refuses these messages: {error}", param="messages") from None
-        return text.removeprefix(self._special_tokens.get("bos_token") or "\0")
+        return text.removeprefix(self._special_tokens.get("bos_token", "")) if adds_bos else text
 
 
 def read_chat_template(config: Mapping[str, Any], default: str | None = None) -> ChatTemplate | None:

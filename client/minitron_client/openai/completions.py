@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from minitron_client.openai.api_errors import invalid, unsupported
 from minitron_client.openai.choice_text import Piece
-from minitron_client.openai.fields import MAX_CHOICES, CompletionFields, Prompt
+from minitron_client.openai.fields import MAX_CHOICES, CompletionFields
 from minitron_client.openai.generation import Job
 from minitron_client.openai.reply import Reply
 from minitron_client.openai.token_texts import TokenText
@@ -35,8 +35,12 @@ def check_completion(fields: CompletionFields) -> None:
     if fields.logprobs is not None and fields.echo:
         raise unsupported("logprobs", "not together with echo, because the prompt's own are not known")
     check_alternatives("logprobs", fields.logprobs or 0, is_greedy=fields.is_greedy)
-    if fields.echo and not all(isinstance(prompt, str) for prompt in fields.prompt):
-        raise unsupported("echo", "of a prompt given as token ids")
+
+
+def needs_tokenizer(fields: CompletionFields) -> bool:
+    """Whether the answer holds what only the tokenizer knows."""
+    echoes_ids = fields.echo and not all(isinstance(prompt, str) for prompt in fields.prompt)
+    return fields.logprobs is not None or echoes_ids
 
 
 def check_alternatives(name: str, number: int, *, is_greedy: bool) -> None:
@@ -98,7 +102,12 @@ class CompletionReply(Reply):
         return [replace(piece, index=place) for place, piece in enumerate(chosen)]
 
     def _lead(self, job: Job) -> str:
-        return _text(job.prompt) if self.fields.echo else ""
+        if not self.fields.echo:
+            return ""
+        if isinstance(job.prompt, str):
+            return job.prompt
+        assert self.tokenizer is not None  # needs_tokenizer says so
+        return self.tokenizer.tokenizer.decode(job.prompt)
 
     def _log_probs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
         if self.fields.logprobs is None:
@@ -110,9 +119,3 @@ class CompletionReply(Reply):
             "top_logprobs": top,
             "text_offset": [token.offset for token in tokens],
         }
-
-
-def _text(prompt: Prompt) -> str:
-    if not isinstance(prompt, str):
-        raise unsupported("echo", "of a prompt given as token ids")
-    return prompt

@@ -6,10 +6,9 @@ is another module's.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -21,14 +20,13 @@ from minitron_client.openai.api_errors import ApiError, api_error
 from minitron_client.openai.api_keys import ApiKeys
 from minitron_client.openai.chat import DEFAULT_CHAT_TOKENS, ChatReply, check_chat
 from minitron_client.openai.choice_text import Piece
-from minitron_client.openai.completions import CompletionReply, check_completion
+from minitron_client.openai.completions import CompletionReply, check_completion, needs_tokenizer
 from minitron_client.openai.door_metrics import DoorMetrics
 from minitron_client.openai.fields import ChatFields, CompletionFields, SamplingFields, read_fields
 from minitron_client.openai.generation import Generation, Running, TextClient
 from minitron_client.openai.http_body import read_json_body, until_disconnect
 from minitron_client.openai.reply import DONE, Reply, sse
-from minitron_client.openai.served_tokenizer import ServedTokenizer
-from minitron_client.openai.token_texts import TokenBytes
+from minitron_client.openai.tokenizer_source import LoadTokenizer
 from minitron_client.results import Completion
 
 # W3C trace context, passed on to the server where it is well formed
@@ -38,8 +36,6 @@ TRACE_HEADERS: dict[str, re.Pattern[str]] = {
 }
 MAX_BODY_BYTES = 8 * 2**20
 REQUEST_TIMEOUT_S = 600.0  # the openai SDK's own patience
-
-LoadTokenizer = Callable[[], Awaitable[ServedTokenizer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +65,7 @@ class Door:
     Args:
         client: who generates.
         settings: what the operator decided.
-        load_tokenizer: gives the served tokenizer; asked at first need, and again after a failure.
+        load_tokenizer: gives the served tokenizer; asked only where it is needed.
     """
 
     def __init__(self, client: TextClient, settings: DoorSettings, load_tokenizer: LoadTokenizer) -> None:
@@ -77,32 +73,30 @@ class Door:
         self.metrics, self.running = DoorMetrics(), Running()
         self.is_draining = False
         self._load_tokenizer = load_tokenizer
-        self._tokenizer: ServedTokenizer | None = None
-        self._lock = asyncio.Lock()
 
     async def complete(self, request: Request) -> Response:
         """Answer `POST /v1/completions`.
 
         Raises:
-            ApiError: the request cannot be served.
+            ApiError, MinitronClientError: the request cannot be served.
         """
         fields = read_fields(CompletionFields, await read_json_body(request, self.settings.max_body_bytes))
         name = self._served_name(fields)
         check_completion(fields)
-        vocabulary = await self._vocabulary() if fields.logprobs is not None else None
-        reply = CompletionReply(fields, fields.prompt, model=name, vocabulary=vocabulary)
+        tokenizer = await self._load_tokenizer() if needs_tokenizer(fields) else None
+        reply = CompletionReply(fields, fields.prompt, model=name, tokenizer=tokenizer)
         return await self._answer(request, reply)
 
     async def chat(self, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`.
 
         Raises:
-            ApiError: the request cannot be served, or the model has no chat template.
+            ApiError, MinitronClientError: it cannot be served, or the model has no chat template.
         """
         fields = read_fields(ChatFields, await read_json_body(request, self.settings.max_body_bytes))
         name = self._served_name(fields)
         check_chat(fields)
-        tokenizer = await self.tokenizer()
+        tokenizer = await self._load_tokenizer()
         if tokenizer.template is None:
             raise ApiError(
                 f"model {name} has no chat template: it is a base model that goes on with a text; "
@@ -112,10 +106,10 @@ class Door:
         messages = [message.for_template() for message in fields.messages]
         reply = ChatReply(
             fields,
-            tokenizer.template.render(messages),
+            tokenizer.template.render(messages, adds_bos=tokenizer.tokenizer.rules.add_special_tokens),
             model=name,
             default_max_tokens=self.settings.default_chat_tokens,
-            vocabulary=tokenizer.vocabulary,
+            tokenizer=tokenizer,
         )
         return await self._answer(request, reply)
 
@@ -126,23 +120,6 @@ class Door:
         state = "ready" if is_ready else "draining" if self.is_draining else "not ready"
         said = {"status": state, "server_live": health.live, "server_ready": health.ready}
         return is_ready, said | {"model": self.settings.model, "reason": health.reason}
-
-    async def tokenizer(self) -> ServedTokenizer:
-        """The served tokenizer, loaded at first need.
-
-        Raises:
-            ApiError: it cannot be had now.
-        """
-        async with self._lock:
-            if self._tokenizer is None:
-                try:
-                    self._tokenizer = await self._load_tokenizer()
-                except MinitronClientError as error:
-                    raise api_error(error) from error
-            return self._tokenizer
-
-    async def _vocabulary(self) -> TokenBytes:
-        return (await self.tokenizer()).vocabulary
 
     def _served_name(self, fields: SamplingFields) -> str:
         names = self.settings.served_names

@@ -32,7 +32,10 @@ class TextStream(Protocol):
     ) -> None: ...
     def __aiter__(self) -> AsyncIterator[Chunk]: ...
     async def final(self) -> Completion:
-        """The whole completion."""
+        """The whole completion; after `close`, what had come."""
+
+    async def close(self) -> None:
+        """Cancel the request on the server unless it has ended."""
 
 
 class TextClient(Protocol):
@@ -42,7 +45,7 @@ class TextClient(Protocol):
         self,
         prompt: Any,
         *,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams,
         timeout_s: float | None = None,
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
@@ -53,7 +56,7 @@ class TextClient(Protocol):
         self,
         prompt: Any,
         *,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams,
         timeout_s: float | None = None,
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,

@@ -118,11 +118,14 @@ async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSet
     from minitron_client.openai.app import make_app
     from minitron_client.openai.door import Door
     from minitron_client.openai.http_server import listen, serve, url_of
+    from minitron_client.openai.token_path import ENGINE_MODEL, PromptRouter
     from minitron_client.openai.tokenizer_source import tokenizer_source
 
-    client = AsyncMinitronClient(args.url, model=args.model, timeout_s=settings.timeout_s)
+    texts = AsyncMinitronClient(args.url, model=args.model, timeout_s=settings.timeout_s)
+    token_ids = AsyncMinitronClient(args.url, model=ENGINE_MODEL, timeout_s=settings.timeout_s)
     try:
-        door = Door(client, settings, await tokenizer_source(args.tokenizer_dir, client))
+        load_tokenizer = await tokenizer_source(args.tokenizer_dir, texts)
+        door = Door(PromptRouter(texts, token_ids, load_tokenizer), settings, load_tokenizer)
         app = make_app(door)
 
         def drain() -> None:
@@ -130,9 +133,9 @@ async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSet
 
         with listen(http) as listening:
             address = {"url": f"{url_of(http, listening)}/v1", "models": list(settings.served_names)}
-            print(json.dumps(address | {"triton": args.url or client.url}), flush=True)
+            print(json.dumps(address | {"triton": texts.url}), flush=True)
             ended_by = await serve(app, http, listening, drain)
         await door.running.wait(_CANCEL_S)
         return ended_by
     finally:
-        await client.close()
+        await asyncio.gather(texts.close(), token_ids.close())

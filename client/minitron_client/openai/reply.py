@@ -16,7 +16,7 @@ from minitron_client.openai.choice_text import ChoiceText, Piece
 from minitron_client.openai.fields import Prompt, SamplingFields
 from minitron_client.openai.generation import Job
 from minitron_client.openai.sampling import sampling_params
-from minitron_client.openai.token_texts import TokenBytes
+from minitron_client.openai.served_tokenizer import ServedTokenizer
 
 DONE = b"data: [DONE]\n\n"
 
@@ -33,7 +33,7 @@ class Reply(ABC):
         fields: the request.
         prompts: one prompt for every `n` choices.
         model: name to answer with.
-        vocabulary: needed for log probabilities.
+        tokenizer: needed for log probabilities, and to echo token ids.
     """
 
     id_prefix: ClassVar[str]
@@ -48,9 +48,9 @@ class Reply(ABC):
         prompts: Sequence[Prompt],
         *,
         model: str,
-        vocabulary: TokenBytes | None = None,
+        tokenizer: ServedTokenizer | None = None,
     ) -> None:
-        self.fields = fields
+        self.fields, self.tokenizer = fields, tokenizer
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._model, self._created = model, int(time.time())
         self.jobs = tuple(
@@ -63,6 +63,7 @@ class Reply(ABC):
             for place, prompt in enumerate(prompts)
             for choice in range(self.per_prompt)
         )
+        vocabulary = tokenizer.vocabulary if tokenizer else None
         self.texts = {
             job.index: ChoiceText(job, lead=self._lead(job), vocabulary=vocabulary) for job in self.jobs
         }
