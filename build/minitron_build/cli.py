@@ -48,9 +48,13 @@ VERBS: dict[str, Verb] = {
     "logits": Verb(
         "minitron_build.checkpoint.logits_command", "next-token logits of a TensorRT-LLM checkpoint, as JSON"
     ),
-    "generate": Verb("minitron_client.generate_command", "stream one completion from a server"),
+    "generate": Verb(
+        "minitron_client.generate_command", "completions from a server: one, streamed, or a file of prompts"
+    ),
+    "repl": Verb("minitron_client.repl_command", "write a text together with the model, line by line"),
     "bench": Verb("minitron_client.bench.bench_command", "load a server and measure it; compare two results"),
     "health": Verb("minitron_client.health_command", "is a server ready, and with which models"),
+    "models": Verb("minitron_client.models_command", "a server's models, and how each can be asked"),
     "openai": Verb(
         "minitron_client.openai.openai_command", "an OpenAI-compatible HTTP server in front of a gRPC server"
     ),

@@ -1,6 +1,7 @@
 """Awaited calls to one server over one grpc.aio channel, and the responses to one of them.
 
-It knows grpc.aio and its traps. Messages, channel options and what a failure means are `_triton.py`'s.
+Imported at the first call, because grpc takes its time. It knows grpc.aio and its traps. Messages, channel
+options and what a failure means are `_triton.py`'s.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import Any
+
+import grpc
+import grpc.aio
 
 from minitron_client._triton import (
     DRAIN_S,
@@ -40,8 +44,6 @@ class AioConnection:
     """
 
     def __init__(self, url: str, tls: TlsConfig | None = None) -> None:
-        import grpc.aio
-
         self.url = url
         self._channel, self._stub = make_stub(grpc.aio, url, tls)
 
@@ -51,8 +53,6 @@ class AioConnection:
         Raises:
             MinitronClientError: the call failed.
         """
-        import grpc
-
         request_type, read = SMALL_CALLS[name]
         message = getattr(messages(), request_type)(**fields)
         try:
@@ -107,24 +107,13 @@ class AioConnection:
             timeout_s: what the caller gave for all attempts, for the error that names it.
             is_streamed: False for a model that answers once.
         """
-        import grpc
-
         message = request_message(request)
         reader = ResponseReader(self.url, request.request_id, left_s if timeout_s is None else timeout_s)
         if not is_streamed:
             return AioAnswer(self._stub.ModelInfer(message, timeout=left_s, metadata=headers), reader)
         # One stream per request: the end of the RPC is then the end of the answer, whatever is flagged.
-        call = self._stub.ModelStreamInfer(timeout=left_s, metadata=headers)
-        responses = AioResponses(call, reader)
-        try:
-            await call.write(message)
-            await call.done_writing()
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            pass  # the call has ended already: reading tells with which status
-        except BaseException:
-            call.cancel()
-            raise
-        return responses
+        call = self._stub.ModelStreamInfer(iter((message,)), timeout=left_s, metadata=headers)
+        return AioResponses(call, reader)
 
     async def close(self) -> None:
         """Close the channel; calls that still run are cancelled."""
@@ -145,8 +134,6 @@ class AioResponses:
             MinitronClientError: the server's error, the deadline, or a connection that went.
             asyncio.CancelledError: the reading task was cancelled, and with it the RPC.
         """
-        import grpc
-
         try:
             message = await self._call.read()
         except grpc.RpcError as error:
@@ -180,8 +167,6 @@ class AioResponses:
 
     async def _drain(self) -> None:
         """Read on to the end of the RPC after an error, for a moment at most."""
-        import grpc
-
         try:
             await asyncio.wait_for(self._read_on(), DRAIN_S)
         except (grpc.RpcError, asyncio.TimeoutError) as error:
@@ -198,8 +183,6 @@ class AioAnswer(AioResponses):
 
     async def read(self) -> InferResponse | None:
         """The response, then None; errors as on a stream."""
-        import grpc
-
         if self._reader.num_responses:
             return None
         try:

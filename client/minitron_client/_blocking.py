@@ -1,7 +1,7 @@
 """Blocking calls to one server over one gRPC channel, and the responses to one of them.
 
-It knows grpc's threads and its behaviour after a fork. Messages, channel options and what a failure
-means are `_triton.py`'s.
+Imported at the first call, because grpc takes its time. It knows grpc's threads and its behaviour after a
+fork. Messages, channel options and what a failure means are `_triton.py`'s.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
+
+import grpc
 
 from minitron_client._triton import (
     DRAIN_S,
@@ -57,8 +59,6 @@ class Connection:
         Raises:
             MinitronClientError: the call failed.
         """
-        import grpc
-
         request_type, read = SMALL_CALLS[name]
         stub, message = self._open(), getattr(messages(), request_type)(**fields)
         try:
@@ -140,8 +140,6 @@ class Connection:
             if self._is_closed:
                 raise ClientClosedError(f"the client for {self.url} was closed; make a new one")
             if self._stub is None or self._pid != os.getpid():
-                import grpc
-
                 self._pid, self._calls = os.getpid(), weakref.WeakSet()
                 self._channel, self._stub = make_stub(grpc, self.url, self._tls)
             return self._stub
@@ -175,8 +173,6 @@ class Responses:
         Raises:
             MinitronClientError: the server's error, the deadline, or a connection that went.
         """
-        import grpc
-
         try:
             message = next(self._call, None)
         except grpc.RpcError as error:
@@ -199,8 +195,6 @@ class Responses:
 
     def _drain(self) -> None:
         """Read on to the end of the RPC after an error, for a moment at most."""
-        import grpc
-
         timer = threading.Timer(DRAIN_S, self._call.cancel)
         timer.start()
         try:
@@ -218,8 +212,6 @@ class Answer(Responses):
 
     def read(self) -> InferResponse | None:
         """The response, then None; errors as on a stream."""
-        import grpc
-
         if self._reader.num_responses:
             return None
         try:

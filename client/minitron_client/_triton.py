@@ -111,12 +111,13 @@ class ResponseReader:
                 request_id=self._request_id,
             )
         tensors = {
-            item.name: Tensor(item.name, item.datatype, tuple(item.shape), data)
+            item.name: Tensor(item.name, item.datatype, item.shape, data)
             for item, data in zip(listed, contents, strict=True)
         }
         is_final: bool | None = None
-        if "triton_final_response" in message.parameters:
-            is_final = message.parameters["triton_final_response"].bool_param
+        parameters = message.parameters
+        if "triton_final_response" in parameters:
+            is_final = parameters["triton_final_response"].bool_param
             self._has_flags = True
             self._is_final = self._is_final or is_final
         self.num_responses += 1
@@ -170,7 +171,9 @@ def call_error(
         return error
     cause = error.message.rsplit("Failed to connect to remote host: ", 1)[-1]
     said = f"lost the connection to {url} in mid-stream" if is_mid_stream else f"no connection to {url}"
-    return type(error)(f"{said}: {cause}", code=error.code, request_id=request_id)
+    return type(error)(
+        f"{said}: {cause}", code=error.code, request_id=request_id, advice=error.default_advice
+    )
 
 
 def small_call_error(code: str, details: str, url: str, timeout_s: float) -> MinitronClientError:

@@ -405,10 +405,8 @@ class AsyncTextStream:
         """
         exchange = self._exchange
         while True:
-            if exchange.error is not None:
-                raise exchange.error
             if exchange.has_ended:
-                raise StopAsyncIteration
+                raise exchange.error or StopAsyncIteration
             try:
                 if self._responses is None:
                     self._responses = await self._start()

@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from minitron_client._blocking import Connection, Responses
 from minitron_client._triton import Headers
 from minitron_client.batch import Batch, BatchProgress, PlainPrompt, Prompt
 from minitron_client.endpoints import EndpointPool
@@ -55,6 +55,9 @@ from minitron_client.tokenizer import (
     read_tokenizer,
     tokenizer_request,
 )
+
+if TYPE_CHECKING:
+    from minitron_client._blocking import Connection, Responses
 
 _log = logging.getLogger("minitron_client")
 
@@ -107,7 +110,8 @@ class MinitronClient:
             max_retries=max_retries, tls=tls, api_key=api_key, headers=headers,
         )  # fmt: skip
         self._pool = EndpointPool(self.settings.urls)
-        self._connections = {one: Connection(one, self.settings.tls) for one in self.settings.urls}
+        self._connections: dict[str, Connection] = {}
+        self._is_closed = False
         self._metadata: dict[tuple[str, str], ModelMetadata] = {}
         self._rules: dict[str, TokenRules] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
@@ -284,7 +288,10 @@ class MinitronClient:
         """Cancel what runs and close the channels; may be called twice and from any thread."""
         for stream in list(self._streams):
             stream._abandon(ClientClosedError("the client was closed while the request ran"))
-        for connection in self._connections.values():
+        with self._lock:
+            self._is_closed = True
+            connections = list(self._connections.values())
+        for connection in connections:
             connection.close()
 
     def __enter__(self) -> MinitronClient:
@@ -308,7 +315,7 @@ class MinitronClient:
                 batch.done(index, error)
 
     def _health_of(self, url: str, limit_s: float) -> Health:
-        headers, connection = call_headers(self.settings), self._connections[url]
+        headers, connection = call_headers(self.settings), self._connection(url)
         try:
             live = connection.ask("ServerLive", limit_s, headers)
             ready = live and connection.ask("ServerReady", limit_s, headers)
@@ -325,12 +332,22 @@ class MinitronClient:
             models = {name: ready for name, ready in models.items() if ready or name == self.model}
         return models
 
+    def _connection(self, url: str) -> Connection:
+        with self._lock:
+            if self._is_closed:
+                raise ClientClosedError(f"the client for {self.url} was closed; make a new one")
+            if url not in self._connections:
+                from minitron_client._blocking import Connection
+
+                self._connections[url] = Connection(url, self.settings.tls)
+            return self._connections[url]
+
     def _describe(self, url: str, model: str, limit_s: float, headers: Headers) -> ModelMetadata:
         key = (url, model)
         with self._lock:
             known = self._metadata.get(key)
         if known is None:
-            known = self._connections[url].describe(model, limit_s, headers)
+            known = self._connection(url).describe(model, limit_s, headers)
             with self._lock:
                 self._metadata[key] = known
         return known
@@ -348,7 +365,7 @@ class MinitronClient:
 
     def _parameters(self, url: str, model: str, headers: Headers) -> dict[str, str]:
         try:
-            return self._connections[url].parameters(model, self.settings.connect_timeout_s, headers)
+            return self._connection(url).parameters(model, self.settings.connect_timeout_s, headers)
         except NotFoundError:
             return {}
 
@@ -358,7 +375,7 @@ class MinitronClient:
         if known is None:
             limit_s, timeout_s = self.settings.connect_timeout_s, self.settings.timeout_s
             request = tokenizer_request(self._describe(url, TOKENIZER_MODEL, limit_s, headers))
-            responses = self._connections[url].open(request, timeout_s, headers, is_streamed=False)
+            responses = self._connection(url).open(request, timeout_s, headers, is_streamed=False)
             known = read_tokenizer(responses.read(), self._rules_of(url, headers))
             with self._lock:
                 self._tokenizers[url] = known
@@ -370,7 +387,7 @@ class MinitronClient:
         metadata = self._describe(url, self.model, exchange.connect_timeout_s, headers)
         rules = self._rules_of(url, headers) if exchange.needs_rules(metadata) else None
         tokenizer = self._tokenizer(url, headers) if exchange.needs_tokenizer(metadata) else None
-        return self._connections[url].open(
+        return self._connection(url).open(
             exchange.request(metadata, rules, tokenizer),
             exchange.left_s(),
             exchange.headers,
@@ -390,7 +407,7 @@ class MinitronClient:
         if request is None:
             return
         try:
-            for _ in self._connections[exchange.url].open(request, STOP_TIMEOUT_S, exchange.headers):
+            for _ in self._connection(exchange.url).open(request, STOP_TIMEOUT_S, exchange.headers):
                 pass
         except MinitronClientError as error:
             _log.debug("stop of request %s: %s", request.request_id, error)
@@ -446,10 +463,8 @@ class TextStream:
         """
         exchange = self._exchange
         while True:
-            if exchange.error is not None:
-                raise exchange.error
             if exchange.has_ended:
-                raise StopIteration
+                raise exchange.error or StopIteration
             try:
                 if self._responses is None:
                     self._responses = self._client._open(exchange)

@@ -1,5 +1,8 @@
 """What the client raises, by cause, and how a gRPC status or a server's sentence becomes one of them.
 
+Each has `.code` (gRPC status name), `.retryable`, `.request_id`, `.message` (the server's sentence, where it
+was the server that refused) and `.advice` (what to do).
+
     MinitronClientError
     ├── ServerConnectionError   no server at the address, or the connection went before an answer (retryable)
     │   └── StreamBrokenError     it went, or ended early, after the first response: text is lost
@@ -32,27 +35,35 @@ class MinitronClientError(Exception):
         message: one sentence, without the status name.
         code: gRPC status name, such as "INVALID_ARGUMENT"; the class has a default.
         request_id: id of the request it ended, "" where there was none.
+        advice: what to do, where the message does not say it; the class has a default.
     """
 
     is_minitron_client_error: ClassVar[bool] = True
     default_code: ClassVar[str] = "UNKNOWN"
+    default_advice: ClassVar[str] = ""
     retryable: ClassVar[bool] = False
     """True where the same call may succeed a little later and repeating it loses nothing."""
 
-    def __init__(self, message: str, *, code: str | None = None, request_id: str = "") -> None:
+    def __init__(
+        self, message: str, *, code: str | None = None, request_id: str = "", advice: str | None = None
+    ) -> None:
         self.message = " ".join(message.split())
         self.code = code or self.default_code
         self.request_id = request_id
+        self.advice = self.default_advice if advice is None else advice
+        self._tells_advice = bool(advice)
         super().__init__(self.message)
 
     def __str__(self) -> str:
+        advice = f"; {self.advice}" if self._tells_advice else ""
         tail = f", request {self.request_id}" if self.request_id else ""
-        return f"{self.message} [{self.code}{tail}]"
+        return f"{self.message}{advice} [{self.code}{tail}]"
 
 
 class ServerConnectionError(MinitronClientError, ConnectionError):
     """No server at the address, or the connection went before an answer came."""
 
+    default_advice = "check the address, and that a server is running there"
     default_code = "UNAVAILABLE"
     retryable = True
 
@@ -60,40 +71,48 @@ class ServerConnectionError(MinitronClientError, ConnectionError):
 class StreamBrokenError(ServerConnectionError):
     """The connection went, or the stream ended early, after the first response."""
 
+    default_advice = "what came before is in the stream's text; ask again for the whole"
     retryable = False
 
 
 class DeadlineError(MinitronClientError, TimeoutError):
     """Not answered within the time the caller gave."""
 
+    default_advice = "allow more time (timeout_s), or ask for fewer tokens"
     default_code = "DEADLINE_EXCEEDED"
 
 
 class CancelledError(MinitronClientError):
     """Cancelled by the server, or by closing the client while the request ran."""
 
+    default_advice = "ask again, unless it was you who cancelled"
     default_code = "CANCELLED"
 
 
 class InvalidRequestError(MinitronClientError):
     """The server refused the request as it stands."""
 
+    default_advice = "change the request as the sentence says"
     default_code = "INVALID_ARGUMENT"
 
 
 class InvalidValueError(InvalidRequestError, ValueError):
     """Refused by the client before anything was sent: names the field and the cure."""
 
+    default_advice = ""
+
 
 class NotFoundError(MinitronClientError):
     """The server has no such model, version or call."""
 
+    default_advice = "give a model that the server has; `minitron models` lists them"
     default_code = "NOT_FOUND"
 
 
 class OverloadedError(MinitronClientError):
     """The server's queue is full."""
 
+    default_advice = "ask again a little later, or with fewer requests at once"
     default_code = "RESOURCE_EXHAUSTED"
     retryable = True
 
@@ -101,6 +120,7 @@ class OverloadedError(MinitronClientError):
 class UnavailableError(MinitronClientError):
     """The server or the model is not ready, or is shutting down."""
 
+    default_advice = "wait until it is ready; `minitron health` tells"
     default_code = "UNAVAILABLE"
     retryable = True
 
@@ -108,30 +128,37 @@ class UnavailableError(MinitronClientError):
 class UnsupportedError(MinitronClientError):
     """This server lacks what was asked for."""
 
+    default_advice = "leave it out, or ask a model that has it"
     default_code = "UNIMPLEMENTED"
 
 
 class AuthError(MinitronClientError):
     """A header, key or certificate is missing or wrong."""
 
+    default_advice = "give api_key (MINITRON_API_KEY), headers or tls as the server expects them"
     default_code = "UNAUTHENTICATED"
 
 
 class InternalError(MinitronClientError):
     """The server failed."""
 
+    default_advice = "look for the request's id in the server's log"
     default_code = "INTERNAL"
 
 
 class ProtocolError(MinitronClientError):
     """An answer that cannot be read: a missing output, a wrong dtype, bytes that do not add up."""
 
+    default_advice = (
+        "check that the address is the gRPC port of a Triton server, and the versions on both sides"
+    )
     default_code = "DATA_LOSS"
 
 
 class ClientClosedError(MinitronClientError):
     """The client, or its stream, was used after close()."""
 
+    default_advice = "make a new client"
     default_code = "FAILED_PRECONDITION"
 
 
@@ -168,12 +195,16 @@ def _rule(pattern: str, code: str, error: type[MinitronClientError]) -> Sentence
     return SentenceRule(re.compile(pattern, re.IGNORECASE), code, error)
 
 
-# Sentences of Triton 2.51, first match wins. A stream carries them without their status, and
-# UNAVAILABLE and NOT_FOUND alone stand for several causes.
+# Sentences of Triton 2.51, of gRPC and of NVIDIA's models, first match wins. A stream carries them without
+# their status, and UNAVAILABLE, NOT_FOUND and RESOURCE_EXHAUSTED alone stand for several causes.
 SENTENCE_RULES: tuple[SentenceRule, ...] = (
     _rule(r"protocol is restricted, expecting header", "UNAVAILABLE", AuthError),
     _rule(r"exceeds maximum queue size|queue (?:is )?full", "UNAVAILABLE", OverloadedError),
     _rule(r"request timeout expired", "UNAVAILABLE", DeadlineError),
+    _rule(r"^CLIENT: .*message larger than max", "RESOURCE_EXHAUSTED", ProtocolError),
+    _rule(r"message larger than max", "RESOURCE_EXHAUSTED", InvalidRequestError),
+    _rule(r"request cancelled by client", "CANCELLED", CancelledError),
+    _rule(r"streaming is only supported in decoupled mode", "UNIMPLEMENTED", UnsupportedError),
     _rule(r"stub process .* is not healthy", "INTERNAL", InternalError),
     _rule(r"failed to process the request\(s\) for model", "INTERNAL", InternalError),
     _rule(r"has no available versions|\bnot (?:yet )?ready\b|shutting down", "UNAVAILABLE", UnavailableError),
@@ -185,6 +216,7 @@ SENTENCE_RULES: tuple[SentenceRule, ...] = (
     _rule(r"decoupled transaction policy", "UNIMPLEMENTED", UnsupportedError),
 )
 
+_AMBIGUOUS_CODES = frozenset({"UNAVAILABLE", "NOT_FOUND", "RESOURCE_EXHAUSTED"})
 # gRPC's own sentences for a connection that is not there; only looked at where a status came with them.
 _TRANSPORT_CODES = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
 _TRANSPORT = re.compile(
@@ -211,7 +243,7 @@ def error_from_status(
     error = STATUS_ERRORS.get(code, InternalError)
     if code in _TRANSPORT_CODES and _TRANSPORT.search(details):
         error = ServerConnectionError
-    elif code in ("UNAVAILABLE", "NOT_FOUND"):
+    elif code in _AMBIGUOUS_CODES:
         rule = _find_rule(details)
         error = rule.error if rule else error
     return _make(error, details or f"the server ended the call with {code}", code, request_id, is_mid_stream)
@@ -245,4 +277,4 @@ def _make(
 ) -> MinitronClientError:
     if is_mid_stream and error.retryable:
         error = StreamBrokenError
-    return error(message, code=code, request_id=request_id)
+    return error(message, code=code, request_id=request_id, advice=error.default_advice)

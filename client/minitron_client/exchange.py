@@ -75,6 +75,8 @@ class Exchange:
         self.request_id = request_id or uuid.uuid4().hex
         self.url = ""
         self.error: MinitronClientError | None = None
+        self.has_ended = False
+        """The answer is whole, or the request failed or was cancelled."""
         self.headers = call_headers(settings, headers)
         self._settings, self._pool, self._prompt, self._sampling = settings, pool, prompt, sampling
         self._is_streaming = is_streaming
@@ -98,11 +100,6 @@ class Exchange:
     def usage(self) -> Usage:
         """The token counts so far."""
         return self._builder.usage
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the answer is whole, or the request failed or was cancelled."""
-        return self._total_s is not None
 
     @property
     def connect_timeout_s(self) -> float:
@@ -207,9 +204,10 @@ class Exchange:
     def end(self) -> bool:
         """Note the end, whichever it is; False if it was noted before."""
         with self._lock:
-            if self._total_s is not None:
+            if self.has_ended:
                 return False
             self._total_s = self._elapsed_s()
+            self.has_ended = True
         return True
 
     def finish(self) -> Chunk | None:

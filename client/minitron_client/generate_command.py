@@ -1,6 +1,6 @@
-"""`minitron generate`: one completion from a server, as text or as JSON.
+"""`minitron generate`: completions from a server: of one prompt as text or JSON, or of a file of prompts.
 
-It knows flags and printing; what a flag means is `SamplingParams`' business.
+It knows flags and printing; prompts in files are `batch_file.py`'s.
 """
 
 from __future__ import annotations
@@ -9,82 +9,91 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from minitron_client.client import MinitronClient
+from minitron_client.connection_flags import add_connection_flags, client_options
+from minitron_client.errors import InvalidValueError
 from minitron_client.results import Completion
-from minitron_client.sampling import DEFAULT_MAX_TOKENS, SamplingParams
-from minitron_client.settings import (
-    DEFAULT_CONNECT_TIMEOUT_S,
-    DEFAULT_MODEL,
-    DEFAULT_TIMEOUT_S,
-    DEFAULT_URL,
-    URL_VARIABLE,
-)
+from minitron_client.sampling import SamplingParams
+from minitron_client.sampling_flags import add_sampling_flags, sampling_of
 
-# flag (and field of SamplingParams), type, help
-_NUMBER_FLAGS: tuple[tuple[str, type, str], ...] = (
-    ("temperature", float, "above 1 flattens, below 1 sharpens; needs --top-p or --top-k"),
-    ("top_k", int, "sample from the K likeliest tokens"),
-    ("top_p", float, "sample from the likeliest tokens that reach probability P"),
-    ("seed", int, "makes sampling repeatable"),
-    ("repetition_penalty", float, "above 1 discourages tokens that occurred"),
-    ("presence_penalty", float, "subtracted once for a token that occurred"),
-    ("frequency_penalty", float, "subtracted for each time a token occurred"),
-    ("min_tokens", int, "no end of text before this many tokens"),
-)
+DEFAULT_CONCURRENCY = 32
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minitron generate`."""
-    parser.add_argument("prompt", metavar="PROMPT", help="text to go on from; - reads it from stdin")
-    parser.add_argument("--url", help=f"HOST:PORT of gRPC (default ${URL_VARIABLE} or {DEFAULT_URL})")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="model that answers (default %(default)s)")
-    parser.add_argument(
-        "--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="default %(default)s"
-    )
-    for name, kind, text in _NUMBER_FLAGS:
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text
-        )
-    for name, text in (("stop", "end after this text"), ("bad", "never generate this text")):
-        parser.add_argument(
-            f"--{name}-word", dest=f"{name}_words", action="append", default=[], metavar="TEXT",
-            help=f"{text}; may be repeated",
-        )  # fmt: skip
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to go on from; - reads stdin")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
     parser.add_argument("--json", action="store_true", help="one JSON document on the last line of stdout")
-    parser.add_argument(
-        "--timeout-s", type=float, default=DEFAULT_TIMEOUT_S, metavar="S", help="default %(default)s"
-    )
-    parser.add_argument(
-        "--connect-timeout-s", type=float, default=DEFAULT_CONNECT_TIMEOUT_S, metavar="S",
-        help="default %(default)s",
+    many = parser.add_argument_group("many prompts")
+    many.add_argument(
+        "--batch", type=Path, metavar="FILE.jsonl",
+        help='a prompt a line: "text", or {"prompt": …, "id": …, "max_tokens": …}',
     )  # fmt: skip
+    many.add_argument(
+        "--output", type=Path, metavar="FILE.jsonl",
+        help="an answer a line, in the same order; run again, only what is missing is asked",
+    )  # fmt: skip
+    many.add_argument(
+        "--concurrency", type=int, default=DEFAULT_CONCURRENCY, metavar="N",
+        help="requests at once (default %(default)s)",
+    )  # fmt: skip
+    add_sampling_flags(parser)
+    add_connection_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print; Ctrl-C cancels the request on the server on its way out."""
-    sampling = _sampling(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    with MinitronClient(
-        args.url, model=args.model, timeout_s=args.timeout_s, connect_timeout_s=args.connect_timeout_s
-    ) as client:
+    """Generate and print; Ctrl-C cancels on the server on its way out.
+
+    Returns:
+        0 when every completion came; 1 when one of a batch failed.
+    """
+    sampling = sampling_of(args)
+    if (args.batch is None) != (args.output is None):
+        raise InvalidValueError("--batch and --output belong together; give both")
+    if args.batch is not None:
+        return _run_batch(args, sampling)
+    prompt = _prompt(args)
+    with MinitronClient(**client_options(args)) as client:
         completion = (
             _print_stream(client, prompt, sampling)
             if args.stream
             else client.generate(prompt, sampling=sampling)
         )
+        url = client.url
     if not args.stream and not args.json:
         print(completion.text)
     if args.json:
-        print(json.dumps({"model": args.model, "url": client.url, **dataclasses.asdict(completion)}))
+        print(json.dumps({"model": args.model, "url": url, **dataclasses.asdict(completion)}))
     print(_summary(completion), file=sys.stderr)
     return 0
 
 
-def _sampling(args: argparse.Namespace) -> SamplingParams:
-    names = ("max_tokens", "stop_words", "bad_words", *(name for name, _, _ in _NUMBER_FLAGS))
-    return SamplingParams.of({name: getattr(args, name) for name in names})
+def _prompt(args: argparse.Namespace) -> str:
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise InvalidValueError("give one of PROMPT, - for stdin, --prompt-file and --batch")
+    if args.prompt_file is not None:
+        try:
+            return str(args.prompt_file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise InvalidValueError(
+                f"--prompt-file {args.prompt_file} is not UTF-8: {error.reason}"
+            ) from error
+    return sys.stdin.read() if args.prompt == "-" else str(args.prompt)
+
+
+def _run_batch(args: argparse.Namespace, sampling: SamplingParams) -> int:
+    from minitron_client.batch_file import complete_file
+
+    if args.prompt is not None or args.prompt_file is not None or args.stream:
+        raise InvalidValueError("--batch has its own prompts; leave out PROMPT, --prompt-file and --stream")
+    report = complete_file(
+        args.batch, args.output, sampling, client_options(args), concurrency=args.concurrency
+    )
+    print(json.dumps(report))
+    return 1 if report["failed"] else 0
 
 
 def _print_stream(client: MinitronClient, prompt: str, sampling: SamplingParams) -> Completion:

@@ -11,10 +11,11 @@ import json
 import os
 
 from minitron_client.client import MinitronClient
+from minitron_client.connection_flags import add_connection_flags, client_options
 from minitron_client.errors import MinitronClientError, ServerConnectionError
 from minitron_client.load import DEFAULT_METRICS_PORT, ServerLoad, read_load
 from minitron_client.results import Health
-from minitron_client.settings import DEFAULT_CONNECT_TIMEOUT_S, DEFAULT_URL, URL_VARIABLE
+from minitron_client.settings import DEFAULT_CONNECT_TIMEOUT_S
 
 EXIT_READY, EXIT_NOT_READY = 0, 1
 METRICS_URL_VARIABLE = "MINITRON_METRICS_URL"
@@ -22,9 +23,8 @@ METRICS_URL_VARIABLE = "MINITRON_METRICS_URL"
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minitron health`."""
-    parser.add_argument("--url", help=f"HOST:PORT of gRPC (default ${URL_VARIABLE} or {DEFAULT_URL})")
     parser.add_argument(
-        "--timeout-s", type=float, default=DEFAULT_CONNECT_TIMEOUT_S, metavar="S", help="default %(default)s"
+        "--wait-s", type=float, metavar="S", help="wait so long at most until server and model are ready"
     )
     parser.add_argument(
         "--metrics-url",
@@ -40,14 +40,19 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="tokens per second are counted for so long (default %(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="the JSON document alone")
+    add_connection_flags(parser, timeout_s=DEFAULT_CONNECT_TIMEOUT_S)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print tables of models and load, and the same as JSON on the last line; 1 when not ready."""
-    with MinitronClient(args.url) as client:
-        health = client.health(timeout_s=args.timeout_s)
+    with MinitronClient(**client_options(args)) as client:
+        health = (
+            client.health(timeout_s=args.timeout_s)
+            if args.wait_s is None
+            else client.wait_until_ready(args.wait_s)
+        )
         versions = _versions(client, health)
-        load, no_load = _load(args, client.url) if health.live else (None, "")
+        load, no_load = _load(args, client.settings.urls[0]) if health.live else (None, "")
     if not args.json:
         print(_table(client.url, health, versions))
         if load or no_load:

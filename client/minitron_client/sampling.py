@@ -128,6 +128,16 @@ class SamplingParams:
             raise InvalidValueError(f"unknown sampling option {unknown[0]}; known: {', '.join(known)}")
         return cls(**options)  # type: ignore[arg-type]  # __post_init__ checks each value's kind
 
+    def changed(self, options: Mapping[str, object]) -> SamplingParams:
+        """The same options but for these.
+
+        Raises:
+            InvalidValueError: a name is unknown, or a value is refused.
+        """
+        return SamplingParams.of(
+            {**{item.name: getattr(self, item.name) for item in fields(self)}, **options}
+        )
+
     def given(self) -> dict[str, int | float | bool | tuple[str, ...]]:
         """The options to send: what the server would not assume by itself.
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from minitron_client.errors import InvalidValueError, ProtocolError
 
@@ -64,13 +64,15 @@ class ModelMetadata:
     is_decoupled: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor on the wire: `data` is row-major and little endian."""
+class Tensor(NamedTuple):
+    """A tensor on the wire: `data` is row-major and little endian.
+
+    A tuple, because one is made of each output of each token.
+    """
 
     name: str
     datatype: str
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     data: bytes
 
     @classmethod
@@ -166,7 +168,10 @@ def _decode_numbers(tensor: Tensor) -> tuple[Scalar, ...]:
 
 
 def _decode_bytes(tensor: Tensor) -> tuple[Scalar, ...]:
-    items, at, data = [], 0, tensor.data
+    data = tensor.data
+    if len(data) >= _LENGTH.size and _LENGTH.unpack_from(data)[0] == len(data) - _LENGTH.size:
+        return (_text(tensor.name, data[_LENGTH.size :]),)  # one string, as in nearly every answer
+    items, at = [], 0
     while at < len(data):
         if at + _LENGTH.size > len(data):
             raise ProtocolError(f"output {tensor.name} ends inside a length")

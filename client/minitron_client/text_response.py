@@ -48,6 +48,8 @@ class CompletionBuilder:
     _input_tokens: int | None = None
     _output_tokens: int | None = None
     _queue_s: float | None = None
+    _counted: InferResponse | None = None
+    """The last response with counts, as long as they have not been read."""
     _seen: str = ""
     """What a cumulative answer has brought so far."""
 
@@ -59,6 +61,7 @@ class CompletionBuilder:
     @property
     def usage(self) -> Usage:
         """The token counts so far, where the server gives them along the way."""
+        self._read_counts()
         return Usage(self._input_tokens, self._output_tokens)
 
     def add(self, response: InferResponse) -> Chunk | None:
@@ -69,14 +72,20 @@ class CompletionBuilder:
         """
         if not response.tensors:
             return None
-        self._count(response)
+        if "num_output_tokens" in response.tensors or QUEUE_OUTPUTS[0] in response.tensors:
+            self._counted = response  # read once it is the last: there is one for each token
         chunk = self._chunk_of_tokens(response) if self.vocabulary.is_token_ids else chunk_of(response)
         if self.vocabulary.is_cumulative:
             chunk = self._what_is_new(chunk)
         return self._keep(chunk)
 
     def finish(self) -> Chunk | None:
-        """The answer is whole: what was held back, and the reason where the model does not tell it."""
+        """The answer is whole: what was held back, and the reason where the model does not tell it.
+
+        Raises:
+            ProtocolError: the counts cannot be read.
+        """
+        self._read_counts()
         if self._finish_reason is not None:
             return None
         held = self.text_of.flush() if self.text_of is not None else ""
@@ -92,6 +101,7 @@ class CompletionBuilder:
 
     def completion(self, timings: Timings, request_id: str) -> Completion:
         """What came, as one completion."""
+        self._read_counts()
         wants_ids = self.sampling.return_output_ids or (self.vocabulary.is_token_ids and not self.text_of)
         return Completion(
             text=self.text,
@@ -156,17 +166,20 @@ class CompletionBuilder:
             return "stop"
         return "length" if self._output_tokens >= self.sampling.max_tokens else "stop"
 
-    def _count(self, response: InferResponse) -> None:
-        """Each response counts all tokens up to its own, so the last count stands."""
-        tensors = response.tensors
-        if "num_input_tokens" in tensors:
-            self._input_tokens = (*_ints(response, "num_input_tokens"), self._input_tokens)[0]
-        if "num_output_tokens" in tensors:
-            self._output_tokens = (*_ints(response, "num_output_tokens"), self._output_tokens)[0]
-        if QUEUE_OUTPUTS[0] in tensors:
-            arrived, scheduled = (_ints(response, name) for name in QUEUE_OUTPUTS)
-            if arrived and scheduled and 0 < arrived[0] <= scheduled[0]:
-                self._queue_s = (scheduled[0] - arrived[0]) / 1e9
+    def _read_counts(self) -> None:
+        """Each response counts all tokens up to its own, so the last count stands.
+
+        Raises:
+            ProtocolError: a count cannot be read.
+        """
+        counted, self._counted = self._counted, None
+        if counted is None:
+            return
+        self._input_tokens = (*_ints(counted, "num_input_tokens"), self._input_tokens)[0]
+        self._output_tokens = (*_ints(counted, "num_output_tokens"), self._output_tokens)[0]
+        arrived, scheduled = (_ints(counted, name) for name in QUEUE_OUTPUTS)
+        if arrived and scheduled and 0 < arrived[0] <= scheduled[0]:
+            self._queue_s = (scheduled[0] - arrived[0]) / 1e9
 
 
 def chunk_of(response: InferResponse) -> Chunk:
@@ -175,14 +188,15 @@ def chunk_of(response: InferResponse) -> Chunk:
     Raises:
         ProtocolError: `text_output` is missing or more than one, or the finish reason is unknown.
     """
+    tensors = response.tensors
     texts = _values(response, "text_output")
     if texts is None:
-        raise ProtocolError(f"a response without text_output; it has {', '.join(sorted(response.tensors))}")
-    if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
+        raise ProtocolError(f"a response without text_output; it has {', '.join(sorted(tensors))}")
+    text = texts[0] if texts else ""
+    if len(texts) > 1 or not isinstance(text, str):
         raise ProtocolError(f"text_output should be one string, got {len(texts)} values: {texts[:2]!r}")
-    tensors = response.tensors
     return Chunk(
-        text=str(texts[0]) if texts else "",
+        text=text,
         token_ids=_ints(response, "output_ids") if "output_ids" in tensors else (),
         finish_reason=_finish_reason(response) if "finish_reason" in tensors else None,
         log_probs=(
