@@ -270,8 +270,8 @@ def _trace_context() -> dict[str, str]:
     """OpenTelemetry's headers of the active span; a span can only be active where it was imported."""
     if "opentelemetry.trace" not in sys.modules:
         return {}
-    from opentelemetry import propagate
+    from opentelemetry.propagate import inject
 
     carrier: dict[str, str] = {}
-    propagate.inject(carrier)
+    inject(carrier)
     return carrier
