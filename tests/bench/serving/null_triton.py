@@ -1,6 +1,6 @@
 """A text model that costs nothing, behind Triton's gRPC: every request is answered with ready-made messages.
 
-    python tests/bench/null_triton.py PORT [INTERVAL_S]
+    python tests/bench/serving/null_triton.py PORT [INTERVAL_S]
 
 It answers as `tensorrt_llm_bls` does, one token a response, with `max_tokens` of them, back to back or
 INTERVAL_S apart. It measures callers: nothing of a server is in its numbers, and of a request it reads

@@ -1,11 +1,12 @@
 """What `minitron bench` itself costs: chunks per second of one core, against the layers under it.
 
-    python tests/bench/bench_load_generator.py                       # its own null server, one token a chunk
-    python tests/bench/bench_load_generator.py --url HOST:PORT       # any server
+    python tests/bench/serving/bench_load_generator.py                       # ready-made messages, no Triton
+    python tests/bench/serving/bench_load_generator.py --server link         # Triton with the null engine
+    python tests/bench/serving/bench_load_generator.py --server one-each     # the same, one token a response
 
 In turns, with the same requests: `raw`, tritonclient's generated stub on grpc.aio with nothing done per
-message; `client`, AsyncMinitronClient; `generator`, the whole of `minitron bench` but its printing. The null
-server runs in a process of its own. CPU seconds are this process's alone: chunks per core second are what one
+message; `client`, AsyncMinitronClient; `generator`, the whole of `minitron bench` but its printing. The server
+runs in processes of its own. CPU seconds are this process's alone: chunks per core second are what one
 core could drive if the server were no limit. The last line of stdout is one JSON document.
 """
 
@@ -18,14 +19,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+from null_repo import NullSettings, build_once, serving, write_null_repo
 from tritonclient.grpc import service_pb2_grpc
 
+from minitron_build.serving.triton_server import free_ports
 from minitron_client import AsyncMinitronClient, SamplingParams
 from minitron_client._triton import request_message
 from minitron_client.bench.generator import Generator
@@ -34,7 +40,6 @@ from minitron_client.bench.measure import measure
 from minitron_client.bench.workload import Ask
 from minitron_client.text_request import text_request
 
-NULL_SERVER = Path(__file__).with_name("null_triton.py")
 PROMPT = "The way of the world"
 
 
@@ -92,10 +97,10 @@ LAYERS: dict[str, Callable[[AsyncMinitronClient, argparse.Namespace, int], Await
 }
 
 
-async def measure_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
+async def measure_layers(url: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The best of a few runs of every layer, which take turns."""
     rows = []
-    async with AsyncMinitronClient(args.url, timeout_s=120, max_retries=0) as client:
+    async with AsyncMinitronClient(url, timeout_s=120, max_retries=0) as client:
         await client.generate(PROMPT, max_tokens=1)
         for concurrency in args.concurrency:
             best: dict[str, dict[str, Any]] = {}
@@ -106,6 +111,8 @@ async def measure_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row = {
                     "layer": name,
                     "concurrency": concurrency,
+                    "tokens_per_s": round(args.num_requests * args.output_tokens / wall_s),
+                    "tokens_per_core_s": round(args.num_requests * args.output_tokens / cpu_s),
                     "chunks_per_s": round(num_chunks / wall_s),
                     "chunks_per_core_s": round(num_chunks / cpu_s),
                     "cpu_us_per_chunk": round(1e6 * cpu_s / num_chunks, 1),
@@ -119,31 +126,52 @@ async def measure_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+@contextmanager
+def null_triton() -> Iterator[str]:
+    """The server of `null_triton.py`, in a process of its own."""
+    (port,) = free_ports(1)
+    command = [sys.executable, str(Path(__file__).with_name("null_triton.py")), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
+@contextmanager
+def null_engine(*, runs_ahead: bool) -> Iterator[str]:
+    """A real Triton with the real text models, and the null engine behind them."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = build_once(Path(folder), "demo")
+        repo = write_null_repo(bundle, Path(folder) / "null", NullSettings(runs_ahead=runs_ahead))
+        with serving(repo) as server:
+            yield server.grpc_url
+
+
+SERVERS: dict[str, Callable[[], AbstractContextManager[str]]] = {
+    "messages": null_triton,
+    "link": partial(null_engine, runs_ahead=True),
+    "one-each": partial(null_engine, runs_ahead=False),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", help="HOST:PORT of a server; default: a null server of its own")
+    parser.add_argument("--server", choices=list(SERVERS), default="messages")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--output-tokens", type=int, default=200)
     parser.add_argument("--num-requests", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    server = None
-    if args.url is None:
-        args.url = "127.0.0.1:19399"
-        command = [sys.executable, str(NULL_SERVER), "19399"]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert server.stdout is not None
-        assert server.stdout.readline() == "ready\n"
-    try:
-        rows = asyncio.run(measure_layers(args))
-    finally:
-        if server is not None:
-            server.kill()
-            server.wait()
+    with SERVERS[args.server]() as url:
+        rows = asyncio.run(measure_layers(url, args))
     load = [round(value, 2) for value in os.getloadavg()]
-    print(json.dumps({"output_tokens": args.output_tokens, "load_average": load, "rows": rows}))
+    settings = {"server": args.server, "output_tokens": args.output_tokens, "load_average": load}
+    print(json.dumps({**settings, "rows": rows}))
 
 
 if __name__ == "__main__":
