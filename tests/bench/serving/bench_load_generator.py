@@ -5,9 +5,9 @@
     python tests/bench/serving/bench_load_generator.py --server one-each     # the same, one token a response
 
 In turns, with the same requests: `raw`, tritonclient's generated stub on grpc.aio with nothing done per
-message; `client`, AsyncMinitronClient; `generator`, the whole of `minitron bench` but its printing. The server
-runs in processes of its own. CPU seconds are this process's alone: chunks per core second are what one
-core could drive if the server were no limit. The last line of stdout is one JSON document.
+message; `client`, AsyncMinitronClient; `generator`, all of `minitron bench` but its printing. The server runs
+in processes of its own. CPU seconds are this process's alone: chunks per core second are what one core could
+drive if the server were no limit. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
