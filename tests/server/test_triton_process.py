@@ -239,6 +239,16 @@ def test_stub_that_dies_while_loading_is_noticed(
         server.wait_until_ready()
 
 
+def test_child_that_is_a_zombie_for_a_moment_does_not_fail_the_start(
+    write_repo: WriteRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = iter(["every Python process died", "every Python process died"])
+    monkeypatch.setattr(TritonServer, "_all_stubs_died", lambda server: next(words, None))
+    monkeypatch.setattr(triton_server, "STUB_LOSS_GRACE_S", 0.5)
+    with _running(write_repo("import time; time.sleep(2)\n" + SLOW_MODEL)):
+        assert next(words, None) is None
+
+
 def test_start_deadline_kills(write_repo: WriteRepo) -> None:
     server = TritonServer.start(_options(write_repo("import time; time.sleep(60)"), start_timeout_s=1.5))
     pid, began_s = server.pid, time.monotonic()

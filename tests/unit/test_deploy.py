@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,23 +22,29 @@ from minitron_build.bundle.bundle import Bundle
 from minitron_build.bundle.manifest import Manifest, digest_file
 from minitron_build.deploy import deploy_command, deploy_helm
 from minitron_build.deploy.deploy_command import check_output
-from minitron_build.deploy.deploy_compose import PROBE_FILE, compose_text
+from minitron_build.deploy.deploy_compose import PROBE_FILE, ComposeAccess, compose_text
 from minitron_build.deploy.deploy_helm import (
+    DASHBOARD_FILE,
     SCHEMA_FILE,
     TEMPLATES_DIR,
     VALUES_FILE,
     chart_values,
     with_comments,
 )
-from minitron_build.deploy.deployment import ENGINE_DIR, GIB, Deployment, server_argv
+from minitron_build.deploy.deployment import ENGINE_DIR, GIB, Access, Deployment, server_argv
 from minitron_build.errors import CheckpointError, PlanError
 from minitron_build.planning.versions import serving_container
+from minitron_build.runtime.metrics import ENGINE_METRICS, HISTOGRAM, REQUEST_METRICS
+from minitron_build.serving.triton_ranks import LAUNCHER_FLAGS
 
 ENGINE_BYTES = 5_300_000_000
 KUBERNETES_VERSIONS = ("1.25", "1.33")  # the oldest that the chart admits, and a recent one
 FILES_DIR = TEMPLATES_DIR / "chart" / "files"
+GOLDEN_DATA = Path(__file__).parents[1] / "golden" / "data"
 EVERYTHING = {
     "tls": {"secretName": "triton-tls", "mutual": True},
+    "auth": {"apiKeySecret": "callers", "adminKeySecret": "managers"},
+    "grafana": {"enabled": True, "labels": {"team": "code"}},
     "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "autoscaling": {"enabled": True},
     "service": {"http": True, "headless": True, "annotations": {"a": "b"}},
@@ -59,6 +67,12 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
     "existing claim": {"model": {"existingClaim": "bundles"}, "networkPolicy": {"enabled": False}},
     "host path": {"model": {"hostPath": "/srv/bundle", "checkFiles": False}, "gpu": {"selectBySm": False}},
     "plain liveness": {"probes": {"liveness": {"askModels": False}}, "rollout": {"maxSurge": "25%"}},
+}
+
+ADMIN_KEY, API_KEY = "$(MINITRON_ADMIN_KEY)", "$(MINITRON_API_KEY)"
+ACCESS_OF = {
+    "defaults": Access(ADMIN_KEY, http_address="127.0.0.1"),
+    "everything": Access(ADMIN_KEY, API_KEY, tls=True, mutual=True),
 }
 
 MakeBundle = Callable[..., Bundle]
@@ -201,7 +215,12 @@ def test_existing_output_needs_force(make_bundle: MakeBundle, tmp_path: Path) ->
         with pytest.raises(CheckpointError, match="is there already; .*--force"):
             deploy(bundle.path, flag, output)
         assert deploy(bundle.path, flag, output, "--force") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "chart", "compose.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bundle",
+        "chart",
+        "compose-grafana.json",
+        "compose.yaml",
+    ]
 
 
 def test_replaced_chart_keeps_nothing_of_the_old_one(make_bundle: MakeBundle, tmp_path: Path) -> None:
@@ -307,7 +326,7 @@ def test_manifests_are_valid(render: Render, name: str, world_size: int) -> None
     kubernetes = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     manifests = render(VALUE_SETS[name], world_size)
     for manifest in manifests:
-        if manifest["kind"] != "PodMonitor":  # not Kubernetes' own: see the test of it
+        if manifest["kind"] != "PodMonitor":  # the operator's, not Kubernetes' own: see the test of it
             for version in KUBERNETES_VERSIONS:
                 kubernetes.validate(manifest, version, strict=True)
     kinds = {manifest["kind"] for manifest in manifests}
@@ -316,15 +335,46 @@ def test_manifests_are_valid(render: Render, name: str, world_size: int) -> None
     assert extra <= kinds or name != "everything"
 
 
+@pytest.mark.parametrize("name", ACCESS_OF)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_chart_runs_the_command_of_the_engine(render: Render, world_size: int) -> None:
-    triton = triton_of(render(world_size=world_size))
-    assert triton["args"] == server_argv(world_size)
+def test_chart_runs_the_command_of_the_engine(render: Render, world_size: int, name: str) -> None:
+    triton = triton_of(render(VALUE_SETS[name], world_size))
+    extra = VALUE_SETS[name].get("extraArgs", [])
+    ranks = " ".join(server_argv(world_size, ACCESS_OF[name])).split(" : ")
+    assert triton["args"] == " : ".join(" ".join([rank, *extra]) for rank in ranks).split()
     assert "command" not in triton, "the image's entrypoint must run"
     assert triton["workingDir"] == "/bundle"
     assert triton["resources"]["limits"]["nvidia.com/gpu"] == str(world_size)
     assert triton["args"].count("--load-model=tensorrt_llm") == world_size - 1
+    assert triton["args"].count("--load-model=*") == 1
     assert ("mpirun" in triton["args"]) == (world_size > 1)
+
+
+def test_ranks_in_a_container_are_launched_as_serve_does(render: Render) -> None:
+    args = triton_of(render(world_size=2))["args"]
+    assert tuple(args[1 : 1 + len(LAUNCHER_FLAGS)]) == LAUNCHER_FLAGS
+
+
+def test_keys_come_from_secrets_and_reach_server_and_probes(render: Render) -> None:
+    open_pod, closed_pod = triton_of(render()), triton_of(render(EVERYTHING))
+    env = {entry["name"]: entry for entry in closed_pod["env"]}
+    for variable, secret in (("MINITRON_API_KEY", "callers"), ("MINITRON_ADMIN_KEY", "managers")):
+        assert env[variable]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": "key"}}
+        assert any(f"=$({variable})" in word for word in closed_pod["args"])
+    env = {entry["name"]: entry for entry in open_pod["env"]}
+    assert "MINITRON_API_KEY" not in env
+    assert env["MINITRON_ADMIN_KEY"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
+    assert not any("inference" in word for word in open_pod["args"])
+
+
+def test_http_listens_in_the_pod_only_unless_it_is_offered(render: Render) -> None:
+    for values, is_offered in (({}, False), ({"service": {"http": True}}, True)):
+        triton = triton_of(render(values))
+        assert ("--http-address=127.0.0.1" in triton["args"]) is not is_offered
+        assert ("http" in {port["name"] for port in triton["ports"]}) is is_offered
+        assert "--metrics-address=0.0.0.0" in triton["args"]
+        for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert triton[name]["exec"]["command"][:2] == ["python3", "/deploy/probe.py"]
 
 
 def test_chart_is_bound_to_engine_and_image(render: Render) -> None:
@@ -393,19 +443,25 @@ def test_names_agree(render: Render) -> None:
     target = of_kind(manifests, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     assert target["name"] == of_kind(manifests, "Deployment")["metadata"]["name"]
     claim = of_kind(manifests, "PersistentVolumeClaim")["metadata"]["name"]
-    scripts = of_kind(manifests, "ConfigMap")["metadata"]["name"]
+    maps = {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "ConfigMap"}
+    assert maps == {"prod-minitron-scripts", "prod-minitron-dashboard"}
     volumes = {volume["name"]: volume for volume in pod_of(manifests)["volumes"]}
     assert volumes["bundle"]["persistentVolumeClaim"]["claimName"] == claim
-    assert volumes["scripts"]["configMap"]["name"] == scripts
+    assert volumes["scripts"]["configMap"]["name"] in maps
     assert {mount["name"] for mount in triton_of(manifests)["volumeMounts"]} == volumes.keys()
 
 
 def test_pod_monitor_reads_the_metrics_port(render: Render) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    schema = json.loads((GOLDEN_DATA / "pod_monitor_schema.json").read_text())
     monitor = of_kind(render(EVERYTHING), "PodMonitor")
-    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
-    assert monitor["spec"].keys() == {"selector", "podMetricsEndpoints"}
+    jsonschema.validate(monitor, schema)
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint == {"port": "metrics", "path": "/metrics", "interval": "15s"}
+    for wrong in ({"interval": "15 s"}, {"prot": "metrics"}, {"scheme": "gopher"}):
+        broken = {**monitor, "spec": {**monitor["spec"], "podMetricsEndpoints": [{**endpoint, **wrong}]}}
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, schema)
 
 
 def test_autoscaler_follows_the_metric_that_the_adapter_makes(render: Render) -> None:
@@ -434,6 +490,10 @@ def test_scripts_reach_the_pod_unchanged(render: Render) -> None:
         ({"engine": {"worldSize": 0}}, "worldSize"),
         ({"model": {"manifestSha256": "latest"}}, "manifestSha256"),
         ({"service": {"type": "Cluster"}}, "service"),
+        (
+            {"auth": {"apiKeySecret": "a", "adminKeySecret": "a"}},
+            "auth.apiKeySecret is also auth.adminKeySecret",
+        ),
         ({"tls": {"mutual": True}}, "tls.mutual is set without tls.secretName"),
         ({"model": {"existingClaim": "a", "hostPath": "/b"}}, "are both set"),
     ],
@@ -489,7 +549,12 @@ def test_compose_file_is_valid(tmp_path: Path, world_size: int) -> None:
 def test_compose_file_serves_the_engine(tmp_path: Path) -> None:
     text = compose_text(deployment(2), tmp_path / "bundles" / "hopper", tmp_path / "deploy")
     service = yaml.safe_load(text)["services"]["triton"]
-    assert service["command"] == server_argv(2)
+    closed = next(word for word in service["command"] if "minitron-admin-key" in word).rpartition(
+        "minitron-admin-key="
+    )[2]
+    assert service["command"] == server_argv(2, Access(closed))
+    assert re.fullmatch(r"\$\{MINITRON_ADMIN_KEY:-[\w-]{32}\}", closed), "a key that nobody knows"
+    assert "MINITRON_API_KEY" not in service["environment"]
     assert service["image"] == serving_container()
     assert service["working_dir"] == "/bundle"
     assert service["volumes"][0]["source"] == "../bundles/hopper"
@@ -505,8 +570,114 @@ def test_compose_file_is_not_interpolated(tmp_path: Path) -> None:
     service = yaml.safe_load(text)["services"]["triton"]
     assert service["volumes"][0]["source"] == "./a $$HOME"
     *command, script, mode = service["healthcheck"]["test"]
-    assert (command, mode) == (["CMD", "python3", "-c"], "start")
+    assert (command, mode) == (["CMD", "python3", "-c"], "ready")
     assert script.replace("$$", "$") == PROBE_FILE.read_text()
+
+
+def test_compose_file_asks_for_a_key_and_speaks_tls(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    compose_spec = pytest.importorskip("compose_spec", reason="compose-spec is not installed")
+    bundle, tls_dir, output = make_bundle(), tmp_path / "tls", tmp_path / "compose.yaml"
+    tls_dir.mkdir()
+    words = [bundle.path, "--compose", output, "--api-key", "--tls", tls_dir]
+    with pytest.raises(PlanError, match="--tls: no tls.crt"):
+        deploy(*words)
+    assert not output.exists()
+    for name in ("tls.crt", "tls.key"):
+        (tls_dir / name).touch()
+    deploy(*words)
+    compose_spec.PyCompose.from_yaml(output.read_text())
+    service = yaml.safe_load(output.read_text())["services"]["triton"]
+    key = "${MINITRON_API_KEY:?set the key that callers must send}"
+    assert service["environment"]["MINITRON_API_KEY"] == key, "the health check sends it"
+    assert (
+        f"--grpc-restricted-protocol=inference,model-config,statistics:minitron-key={key}"
+        in service["command"]
+    )
+    assert "--grpc-server-key=/tls/tls.key" in service["command"]
+    assert "--grpc-use-ssl-mutual=1" not in service["command"]
+    assert {"type": "bind", "source": "./tls", "target": "/tls", "read_only": True} in service["volumes"]
+    (tls_dir / "ca.crt").touch()
+    text = compose_text(deployment(), tmp_path / "b", tmp_path, ComposeAccess(tls_dir=tls_dir))
+    assert "--grpc-root-cert=/tls/ca.crt" in yaml.safe_load(text)["services"]["triton"]["command"]
+    with pytest.raises(PlanError, match="--api-key and --tls are for --compose; .*auth.apiKeySecret"):
+        deploy(bundle.path, "--kubernetes", tmp_path / "chart", "--api-key")
+
+
+# --- the dashboard
+
+GPU_METRICS = {
+    "nv_trt_llm_request_metrics",
+    "nv_trt_llm_kv_cache_block_metrics",
+    "nv_gpu_utilization",
+    "nv_gpu_memory_used_bytes",
+    "nv_gpu_memory_total_bytes",
+}
+"""Triton's and TensorRT-LLM's own, on a GPU only."""
+
+
+def exported_metrics() -> set[str]:
+    return {
+        f"{info.name}{part}"
+        for info in (*REQUEST_METRICS, *ENGINE_METRICS)
+        for part in (("_bucket", "_sum", "_count") if info.kind == HISTOGRAM else ("",))
+    }
+
+
+def metrics_asked_for(dashboard: dict[str, Any]) -> set[str]:
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    queries += [var["definition"] for var in dashboard["templating"]["list"] if "definition" in var]
+    return {name for query in queries for name in re.findall(r"\b(?:minitron|nv)_\w+", query)}
+
+
+def test_dashboard_asks_for_metrics_that_exist_and_for_all_of_ours() -> None:
+    asked = metrics_asked_for(json.loads(DASHBOARD_FILE.read_text()))
+    assert asked <= exported_metrics() | GPU_METRICS
+    families = {info.name for info in (*REQUEST_METRICS, *ENGINE_METRICS)}
+    unseen = {name for name in families if not any(metric.startswith(name) for metric in asked)}
+    assert unseen == set()
+
+
+def test_dashboard_is_one_that_grafana_takes() -> None:
+    dashboard = json.loads(DASHBOARD_FILE.read_text())
+    assert dashboard["title"]
+    assert dashboard["schemaVersion"] >= 36
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    cells: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        own = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert max(x for x, _ in own) < 24
+        assert not own & cells, f"{panel['title']} lies on another panel"
+        cells |= own
+        if panel["type"] == "row":
+            continue
+        assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert panel["targets"]
+        for target in panel["targets"]:
+            used = set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval"}
+            assert used <= variables
+            assert target["expr"].count("(") == target["expr"].count(")")
+            assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            is_counter = "_total{" in target["expr"] or "_bucket{" in target["expr"]
+            assert is_counter == ("rate(" in target["expr"])
+
+
+def test_dashboard_reaches_both_outputs(render: Render, make_bundle: MakeBundle, tmp_path: Path) -> None:
+    (in_chart,) = (
+        manifest["data"]["minitron.json"]
+        for manifest in render({"grafana": {"enabled": True}})
+        if manifest["kind"] == "ConfigMap" and "dashboard" in manifest["metadata"]["name"]
+    )
+    assert json.loads(in_chart) == json.loads(DASHBOARD_FILE.read_text())
+    deploy(make_bundle().path, "--compose", tmp_path / "minitron.yaml")
+    assert (tmp_path / "minitron-grafana.json").read_text() == DASHBOARD_FILE.read_text()
 
 
 # --- what runs in the container
@@ -546,6 +717,7 @@ class Answers(BaseHTTPRequestHandler):
 
     answers: list[tuple[int, str]]
     delay_s = 0.0
+    keys: list[str | None] = []  # noqa: RUF012  # shared on purpose: a handler lives for one request
 
     def do_GET(self) -> None:
         status, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -556,6 +728,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        self.keys.append(self.headers["minitron-key"])
         self.do_GET()
 
     def log_message(self, *_: object) -> None:
@@ -563,7 +736,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+def probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., int]]:
     """Run the probe against a server that gives these answers."""
     server = HTTPServer(("127.0.0.1", 0), Answers)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -572,6 +745,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     for name in ("PROBE_HTTP_PORT", "PROBE_METRICS_PORT"):
         monkeypatch.setenv(name, str(server.server_port))
     monkeypatch.setattr(module, "LEAVE_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def run(*words: str, answers: list[tuple[int, str]], delay_s: float = 0.0) -> int:
         monkeypatch.setattr(module, "TIMEOUT_S", 0.2 if delay_s else 20.0)
@@ -601,6 +775,56 @@ def test_probe_judges_an_answer(
 ) -> None:
     assert probe("start", answers=[(status, body)]) == (0 if has_started else 1)
     assert probe("alive", answers=[(status, body)]) == (0 if is_alive else 1)
+
+
+TOKEN, FULL = (200, '{"text_output":"def"}'), (503, '{"error":"UNAVAILABLE: 1024 requests wait"}')
+
+
+def counters(tokens: int, steps: int) -> tuple[int, str]:
+    ours = f'minitron_output_tokens_total{{model="tensorrt_llm_bls"}} {tokens}'
+    theirs = f'nv_trt_llm_general_metrics{{general_type="iteration_counter",model="tensorrt_llm"}} {steps}'
+    return 200, f"{ours}\n{theirs}\nother 1\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "answer", "is_ready"),
+    [
+        (counters(1, 1), counters(2, 1), FULL, True),  # others get tokens: nothing is asked
+        (counters(1, 1), counters(1, 2), FULL, True),
+        (counters(1, 1), counters(1, 1), TOKEN, True),  # idle
+        (counters(1, 1), counters(1, 1), FULL, False),  # full, and nothing moves
+        (counters(1, 1), (500, ""), TOKEN, True),  # without metrics the token counts
+        ((500, ""), (500, ""), FULL, False),
+        ((200, "other 1"), (200, "other 2"), FULL, False),
+    ],
+)
+def test_probe_is_ready_while_tokens_come(
+    probe: Callable[..., int],
+    before: tuple[int, str],
+    after: tuple[int, str],
+    answer: tuple[int, str],
+    is_ready: bool,
+) -> None:
+    assert probe("ready", answers=[before, TOKEN]) == 0, "the first call asks"
+    assert probe("ready", answers=[after, answer]) == (0 if is_ready else 1)
+
+
+def test_probe_is_not_ready_when_no_token_comes_in_time(probe: Callable[..., int]) -> None:
+    assert probe("ready", answers=[counters(1, 1)], delay_s=0.5) == 1
+
+
+def test_probe_asks_triton_itself_whether_it_lives(probe: Callable[..., int]) -> None:
+    assert probe("live", answers=[(200, "")]) == 0
+    assert probe("live", answers=[(400, "")]) == 1
+
+
+def test_probe_sends_the_key(probe: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_API_KEY", "the-key")
+    assert probe("start", answers=[TOKEN]) == 0
+    assert Answers.keys[-1] == "the-key"
+    monkeypatch.delenv("MINITRON_API_KEY")
+    assert probe("start", answers=[TOKEN]) == 0
+    assert Answers.keys[-1] is None
 
 
 def test_probe_takes_a_busy_server_for_alive(

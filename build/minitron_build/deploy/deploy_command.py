@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitron_build.errors import CheckpointError
+from minitron_build.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
     from minitron_build.bundle.bundle import Bundle
+    from minitron_build.deploy.deploy_compose import ComposeAccess
     from minitron_build.deploy.deployment import Deployment
 
 TODO_FORCE = "give another path, or --force to replace it"
@@ -29,6 +30,17 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--kubernetes", type=Path, metavar="DIR", help="write a Helm chart to DIR")
     form.add_argument("--compose", type=Path, metavar="FILE", help="write a Compose file to FILE")
+    parser.add_argument(
+        "--api-key",
+        action="store_true",
+        help="Compose: callers must send the key that MINITRON_API_KEY holds when the service is started",
+    )
+    parser.add_argument(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="Compose: gRPC speaks TLS, with tls.crt and tls.key of DIR; with its ca.crt mutual TLS",
+    )
     parser.add_argument("--force", action="store_true", help="replace a chart or Compose file that is there")
     parser.add_argument("--skip-hashes", action="store_true", help="do not compare files with the manifest")
 
@@ -36,8 +48,10 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Refuse what cannot be, compare the bundle with its manifest, write, print where and what next."""
     from minitron_build.bundle.bundle import Bundle
+    from minitron_build.deploy.deploy_compose import ComposeAccess
     from minitron_build.deploy.deployment import Deployment
 
+    check_access(args)
     bundle = Bundle.load(args.bundle)
     deployment = Deployment.of(bundle)
     output = args.kubernetes or args.compose
@@ -48,9 +62,26 @@ def run(args: argparse.Namespace) -> int:
     if args.kubernetes is not None:
         write_chart_dir(deployment, output)
     else:
-        write_compose_file(deployment, bundle, output)
+        write_compose_file(deployment, bundle, output, ComposeAccess(args.api_key, args.tls))
     _announce(deployment, output, is_chart=args.kubernetes is not None)
     return 0
+
+
+def check_access(args: argparse.Namespace) -> None:
+    """Refuse what the form that is written does not take.
+
+    Raises:
+        PlanError: a flag of Compose beside --kubernetes, or a folder without certificate and key.
+    """
+    if args.kubernetes is not None and (args.api_key or args.tls is not None):
+        raise PlanError(
+            "--api-key and --tls are for --compose",
+            expected="the chart's values",
+            todo="helm upgrade --set auth.apiKeySecret=NAME --set tls.secretName=NAME",
+        )
+    for name in ("tls.crt", "tls.key") if args.tls is not None else ():
+        if not (args.tls / name).is_file():
+            raise PlanError(f"no {name} in {args.tls}", expected="tls.crt and tls.key", where="--tls")
 
 
 def check_output(output: Path, bundle_dir: Path, *, is_chart: bool, force: bool) -> None:
@@ -96,14 +127,23 @@ def write_chart_dir(deployment: Deployment, output_dir: Path) -> None:
         new.rename(output_dir)
 
 
-def write_compose_file(deployment: Deployment, bundle: Bundle, output: Path) -> None:
-    """Write a Compose file that is there whole or not at all."""
+def write_compose_file(
+    deployment: Deployment, bundle: Bundle, output: Path, access: ComposeAccess | None = None
+) -> None:
+    """Write a Compose file and, beside it, the dashboard: each there whole or not at all."""
     from minitron_build.checkpoint.work_folder import write_durably
     from minitron_build.deploy.deploy_compose import compose_text
+    from minitron_build.deploy.deploy_helm import DASHBOARD_FILE
 
-    text = compose_text(deployment, bundle.path, output.parent)
+    text = compose_text(deployment, bundle.path, output.parent, access)
     output.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(dashboard_of(output), DASHBOARD_FILE.read_text(encoding="utf-8"))
     write_durably(output, text)
+
+
+def dashboard_of(compose_file: Path) -> Path:
+    """Where the Grafana dashboard goes that belongs to a Compose file."""
+    return compose_file.with_name(f"{compose_file.stem}-grafana.json")
 
 
 def _announce(deployment: Deployment, output: Path, *, is_chart: bool) -> None:
@@ -114,6 +154,8 @@ def _announce(deployment: Deployment, output: Path, *, is_chart: bool) -> None:
     print(f"built on {deployment.gpu or 'a GPU that the manifest does not name'}")
     print(f"image    {deployment.image}")
     print(f"start    at most {deployment.start_s} s until the first token")
+    dashboard = output / "files" / "grafana-dashboard.json" if is_chart else dashboard_of(output)
+    print(f"grafana  {dashboard}")
     print(f"try      {_next_command(output, is_chart=is_chart)}")
     document = {
         "kubernetes" if is_chart else "compose": str(output),
@@ -122,6 +164,7 @@ def _announce(deployment: Deployment, output: Path, *, is_chart: bool) -> None:
         "world_size": deployment.world_size,
         "start_s": deployment.start_s,
         "manifest_sha256": deployment.manifest_sha256,
+        "dashboard": str(dashboard),
     }
     print(json.dumps(document), flush=True)
 

@@ -7,6 +7,8 @@ the chart's probe, handed to Python as text.
 from __future__ import annotations
 
 import os
+import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from minitron_build.deploy.deployment import (
     MOUNT_PATH,
     PROBE_PERIOD_S,
     PROBE_TIMEOUT_S,
+    TLS_PATH,
+    Access,
     Deployment,
     server_argv,
 )
@@ -26,36 +30,70 @@ from minitron_build.deploy.deployment import (
 PROBE_FILE = TEMPLATES_DIR / "chart" / "files" / "probe.py"
 HEADER = """\
 # Serves one bundle on this machine: docker compose -f FILE up -d --wait
-# Ports listen on loopback only. Triton trusts whoever reaches them: a request header, triton_grpc_error, can
-# end the process, so put a proxy that strips it in front before opening one to others.
+# Ports listen on loopback only. Whoever reaches them can end the process with a request header,
+# triton_grpc_error, so put a proxy that strips it in front before opening one to others.
+# MINITRON_ADMIN_KEY in the environment lets its holder load and unload models; without it nobody can.
 """
+API_KEY = "${MINITRON_API_KEY:?set the key that callers must send}"
+ADMIN_KEY = "${{MINITRON_ADMIN_KEY:-{closed}}}"
 STACK_BYTES = 64 << 20
 
 
-def compose_text(deployment: Deployment, bundle_dir: Path, file_dir: Path) -> str:
+@dataclass(frozen=True, slots=True)
+class ComposeAccess:
+    """Who reaches the service.
+
+    Attributes:
+        has_api_key: callers must send the key that is in the environment when the service is started.
+        tls_dir: folder on the machine with tls.crt and tls.key, and with ca.crt for mutual TLS.
+    """
+
+    has_api_key: bool = False
+    tls_dir: Path | None = None
+
+    def in_container(self) -> Access:
+        """The same for tritonserver; without an admin's key, one that nobody knows guards the models."""
+        return Access(
+            admin_key=ADMIN_KEY.format(closed=secrets.token_urlsafe(24)),
+            api_key=API_KEY if self.has_api_key else None,
+            tls=self.tls_dir is not None,
+            mutual=self.tls_dir is not None and (self.tls_dir / "ca.crt").is_file(),
+        )
+
+
+def compose_text(
+    deployment: Deployment, bundle_dir: Path, file_dir: Path, access: ComposeAccess | None = None
+) -> str:
     """The whole file.
 
     Args:
         bundle_dir: the bundle on the machine that serves it.
         file_dir: folder of the Compose file; the bundle is named relative to it, so both can move together.
+        access: who reaches it; None: whoever reaches loopback.
     """
     import yaml
 
-    document = compose_document(deployment, _source(bundle_dir, file_dir))
+    access = access or ComposeAccess()
+    document = compose_document(deployment, _source(bundle_dir, file_dir), access)
+    if access.tls_dir is not None:
+        mount = {"type": "bind", "source": _literal(_source(access.tls_dir, file_dir)), "target": TLS_PATH}
+        document["services"]["triton"]["volumes"].append(mount | {"read_only": True})
     return HEADER + str(yaml.dump(document, Dumper=_dumper(), sort_keys=False, width=100))
 
 
-def compose_document(deployment: Deployment, source: str) -> dict[str, Any]:
+def compose_document(deployment: Deployment, source: str, access: ComposeAccess) -> dict[str, Any]:
     """The file as a mapping.
 
     Args:
         source: path of the bundle, as Compose shall read it.
+        access: who reaches it.
     """
+    key = {"MINITRON_API_KEY": API_KEY} if access.has_api_key else {}
     service: dict[str, Any] = {
         "image": deployment.image,
-        "command": server_argv(deployment.world_size),
+        "command": server_argv(deployment.world_size, access.in_container()),
         "working_dir": MOUNT_PATH,
-        "environment": {"PYTHONDONTWRITEBYTECODE": "1"},
+        "environment": {"PYTHONDONTWRITEBYTECODE": "1", **key},
         "ports": [f"127.0.0.1:{port}:{port}" for port in (GRPC_PORT, HTTP_PORT, METRICS_PORT)],
         "volumes": [{"type": "bind", "source": _literal(source), "target": MOUNT_PATH, "read_only": True}],
         "deploy": {"resources": {"reservations": {"devices": [_gpus(deployment)]}}},
@@ -76,9 +114,9 @@ def _gpus(deployment: Deployment) -> dict[str, Any]:
 
 
 def _health_check(deployment: Deployment) -> dict[str, Any]:
-    """Healthy once a token came; failures before `start_period` is over do not count."""
+    """Healthy while tokens come; failures before `start_period` is over do not count."""
     return {
-        "test": ["CMD", "python3", "-c", _literal(PROBE_FILE.read_text(encoding="utf-8")), "start"],
+        "test": ["CMD", "python3", "-c", _literal(PROBE_FILE.read_text(encoding="utf-8")), "ready"],
         "interval": "30s",
         "timeout": f"{PROBE_TIMEOUT_S}s",
         "retries": 3,

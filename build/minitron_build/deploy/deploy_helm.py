@@ -27,6 +27,7 @@ from minitron_build.planning.versions import PIN
 CHART_NAME = "minitron"
 CHART_FILE, VALUES_FILE, SCHEMA_FILE = "Chart.yaml", "values.yaml", "values.schema.json"
 TEMPLATES_DIR = Path(__file__).parent / "templates"
+DASHBOARD_FILE = TEMPLATES_DIR / "chart" / "files" / "grafana-dashboard.json"
 METRIC = "minitron_waiting_requests"
 COMMENT_WIDTH = 100
 
@@ -134,6 +135,7 @@ def _network_values() -> dict[str, Any]:
     return {
         "service": {"type": "ClusterIP", "headless": False, "http": False, "annotations": {}},
         "tls": {"secretName": "", "mutual": False},
+        "auth": {"apiKeySecret": "", "adminKeySecret": ""},
         "networkPolicy": {
             "enabled": True,
             "clients": [{"podSelector": {}}],
@@ -145,6 +147,7 @@ def _network_values() -> dict[str, Any]:
 def _scaling_values(deployment: Deployment) -> dict[str, Any]:
     return {
         "podMonitor": {"enabled": False, "interval": "15s", "labels": {}},
+        "grafana": {"enabled": False, "labels": {"grafana_dashboard": "1"}},
         "autoscaling": {
             "enabled": False,
             "minReplicas": 1,

@@ -15,6 +15,8 @@ from minitron_build.bundle.bundle import MODEL_REPO_DIR, Bundle
 from minitron_build.bundle.manifest import MANIFEST_NAME, digest_file
 from minitron_build.errors import PlanError
 from minitron_build.planning.versions import serving_container
+from minitron_build.serving.triton_ranks import LAUNCHER, LAUNCHER_FLAGS
+from minitron_build.serving.triton_security import protocol_flags
 
 GIB = 1 << 30
 ENGINE_DIR = f"{MODEL_REPO_DIR}/tensorrt_llm/1"
@@ -23,6 +25,8 @@ ENGINE_MODEL, TEXT_MODEL = "tensorrt_llm", "tensorrt_llm_bls"
 GRPC_PORT, HTTP_PORT, METRICS_PORT = 8001, 8000, 8002
 MOUNT_PATH = "/bundle"
 """Where the bundle lies in the container, and where tritonserver starts: the engine's path is relative."""
+TLS_PATH = "/tls"
+"""Where certificate and key lie in the container, named as in a Kubernetes secret."""
 TRITONSERVER = "/opt/tritonserver/bin/tritonserver"
 
 START_BASE_S = 120
@@ -124,24 +128,60 @@ def gibibytes(size_bytes: int) -> int:
     return math.ceil(size_bytes / GIB)
 
 
-def server_argv(world_size: int, *, drain_s: int = DRAIN_S) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who reaches the server in the container, as its command line says it.
+
+    Attributes:
+        api_key: what callers must send, or where the orchestrator puts it; None: nothing.
+        admin_key: what loading a model takes, or where the orchestrator puts it.
+        tls: gRPC speaks TLS, with tls.crt and tls.key of TLS_PATH.
+        mutual: callers need a certificate that ca.crt of TLS_PATH has signed.
+        http_address: where HTTP listens; None: on every address.
+    """
+
+    admin_key: str
+    api_key: str | None = None
+    tls: bool = False
+    mutual: bool = False
+    http_address: str | None = None
+
+    def flags(self) -> list[str]:
+        """Triton's flags."""
+        http = [] if self.http_address is None else [f"--http-address={self.http_address}"]
+        tls = [
+            "--grpc-use-ssl=1",
+            f"--grpc-server-cert={TLS_PATH}/tls.crt",
+            f"--grpc-server-key={TLS_PATH}/tls.key",
+        ]
+        mutual = ["--grpc-use-ssl-mutual=1", f"--grpc-root-cert={TLS_PATH}/ca.crt"]
+        return [
+            *http,
+            *protocol_flags(self.api_key, self.admin_key),
+            *(tls if self.tls else []),
+            *(mutual if self.mutual else []),
+        ]
+
+
+def server_argv(world_size: int, access: Access, *, drain_s: int = DRAIN_S) -> list[str]:
     """The command line in the container; more than one rank is started by mpirun, the first one leads.
 
     Args:
+        access: who reaches it.
         drain_s: seconds that requests in flight may take after SIGTERM.
     """
-    ranks = [_rank_argv(rank, drain_s) for rank in range(world_size)]
+    ranks = [_rank_argv(rank, access, drain_s) for rank in range(world_size)]
     if world_size == 1:
         return ranks[0]
-    argv = ["mpirun", "--allow-run-as-root", "--mca", "odls_base_sigkill_timeout", str(drain_s)]
+    argv = [LAUNCHER, *LAUNCHER_FLAGS, "--mca", "odls_base_sigkill_timeout", str(drain_s)]
     for rank, rank_argv in enumerate(ranks):
         argv += ([":"] if rank else []) + ["-n", "1", *rank_argv]
     return argv
 
 
-def _rank_argv(rank: int, drain_s: int) -> list[str]:
+def _rank_argv(rank: int, access: Access, drain_s: int) -> list[str]:
     """One rank's tritonserver: only the first loads every model and listens, the others load the engine."""
-    argv = [
+    return [
         TRITONSERVER,
         f"--model-repository={MOUNT_PATH}/{MODEL_REPO_DIR}",
         "--disable-auto-complete-config",
@@ -149,9 +189,12 @@ def _rank_argv(rank: int, drain_s: int) -> list[str]:
         f"--grpc-port={GRPC_PORT}",
         f"--http-port={HTTP_PORT}",
         f"--metrics-port={METRICS_PORT}",
+        "--metrics-address=0.0.0.0",  # it would be HTTP's
         f"--exit-timeout-secs={drain_s}",
+        *access.flags(),
+        "--model-control-mode=explicit",
+        f"--load-model={ENGINE_MODEL if rank else '*'}",
     ]
-    return argv + (["--model-control-mode=explicit", f"--load-model={ENGINE_MODEL}"] if rank else [])
 
 
 def _number(record: Mapping[str, Any], name: str, bundle: Bundle) -> int:

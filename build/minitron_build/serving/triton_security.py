@@ -116,7 +116,10 @@ class ServerSecurity:
 
     def flags(self) -> list[str]:
         """Triton's flags."""
-        return [*self._tls_flags(), *self._protocol_flags()]
+        protocols = protocol_flags(
+            self.api_key, self.admin_key or self._closed_key, allow_shared_memory=self.allow_shared_memory
+        )
+        return [*self._tls_flags(), *protocols]
 
     def _tls_flags(self) -> list[str]:
         if self.tls_cert is None or self.tls_key is None:
@@ -130,17 +133,25 @@ class ServerSecurity:
             flags += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={self.tls_ca.resolve()}"]
         return flags
 
-    def _protocol_flags(self) -> list[str]:
-        guarded, closed = list(INFERENCE_PROTOCOLS), list(ADMIN_PROTOCOLS)
-        (guarded if self.allow_shared_memory else closed).append(SHARED_MEMORY)
-        rules = [(closed, ADMIN_KEY_NAME, self.admin_key or self._closed_key)]
-        if self.api_key is not None:
-            rules.append((guarded, API_KEY_NAME, self.api_key))
-        return [
-            f"--{flag}={','.join(protocols)}:{name}={key}"
-            for protocols, name, key in rules
-            for flag in ("grpc-restricted-protocol", "http-restricted-api")
-        ]
+
+def protocol_flags(api_key: str | None, admin_key: str, *, allow_shared_memory: bool = False) -> list[str]:
+    """Triton's flags that guard its protocols, over gRPC and HTTP alike.
+
+    Args:
+        api_key: guards text; None: it is open. As Triton shall read it: a placeholder is taken, too.
+        admin_key: guards whatever changes the server.
+        allow_shared_memory: callers may pass tensors in shared memory.
+    """
+    guarded, closed = list(INFERENCE_PROTOCOLS), list(ADMIN_PROTOCOLS)
+    (guarded if allow_shared_memory else closed).append(SHARED_MEMORY)
+    rules = [(closed, ADMIN_KEY_NAME, admin_key)]
+    if api_key is not None:
+        rules.append((guarded, API_KEY_NAME, api_key))
+    return [
+        f"--{flag}={','.join(protocols)}:{name}={key}"
+        for protocols, name, key in rules
+        for flag in ("grpc-restricted-protocol", "http-restricted-api")
+    ]
 
 
 def read_key(path: Path | None, variable: str, environ: Mapping[str, str], flag: str) -> str | None:

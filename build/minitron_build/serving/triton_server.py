@@ -246,7 +246,9 @@ class TritonServer:
                 self._fail(f"Triton was not ready after {self.options.start_timeout_s:g} s and was killed")
             self._note_stubs()
             dead = describe_death(self._stubs) or self._all_stubs_died()
-            if dead and stub_lost_s is None:
+            if not dead:  # a child that Triton had not reaped yet was taken for a stub
+                stub_lost_s = None
+            elif stub_lost_s is None:
                 stub_lost_s = waited_s
             if stub_lost_s is not None and waited_s > stub_lost_s + STUB_LOSS_GRACE_S:
                 self._fail(f"{dead} while loading; Triton hung and was killed")

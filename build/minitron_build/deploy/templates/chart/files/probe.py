@@ -1,8 +1,11 @@
 """Ask Triton in this container how it is; the exit code is the answer.
 
-`probe.py start` fails until one token comes. `probe.py alive` fails only when the models answer with a
-fault: a dead model process, which Triton neither restarts nor reports. A server too busy to answer in time is
-alive.
+`probe.py start` fails until one token comes.
+`probe.py ready` fails when tokens have stopped coming: no counter of tokens has moved since the last call,
+and one that it asks for does not come either.
+`probe.py alive` fails only when the models answer with a fault: a dead model process, which Triton neither
+restarts nor reports. A server too busy to answer in time is alive.
+`probe.py live` fails when Triton's own health does.
 `probe.py drain SECONDS` returns when the engine has no request, or when the time is over.
 Standard library only: it runs in the serving container.
 """
@@ -12,12 +15,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 
 GENERATE_URL = "http://127.0.0.1:{port}/v2/models/{model}/generate"
+LIVE_URL = "http://127.0.0.1:{port}/v2/health/live"
 METRICS_URL = "http://127.0.0.1:{port}/metrics"
+# What moves while tokens are made: the text models' counter, and the steps of either engine.
+PROGRESS = (
+    "minitron_output_tokens_total{",
+    "minitron_engine_steps_total{",
+    'nv_trt_llm_general_metrics{general_type="iteration_counter"',
+)
+SEEN_FILE = "minitron-probe-seen"
 REQUESTS_METRIC = "nv_trt_llm_request_metrics{"
 OPEN_REQUESTS = ('request_type="active"', 'request_type="waiting"')
 PROMPT = "def add(a, b):"
@@ -31,7 +43,10 @@ DEAD = ("is not healthy", "is gone")
 def ask(url: str, timeout_s: float) -> tuple[bool, str]:
     """Whether a token came, and what came instead; TimeoutError when nothing did."""
     body = json.dumps({"text_input": PROMPT, "max_tokens": 1}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if "MINITRON_API_KEY" in os.environ:
+        headers["minitron-key"] = os.environ["MINITRON_API_KEY"]
+    request = urllib.request.Request(url, body, headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             text = response.read().decode()
@@ -64,6 +79,47 @@ def check(mode: str) -> int:
     return 1
 
 
+def ready() -> int:
+    """0 while tokens come: because someone gets them, or because one that is asked for comes."""
+    return 0 if has_moved() else check("ready")
+
+
+def has_moved() -> bool:
+    """Whether any counter of tokens is another than at the last call."""
+    moving = [line for line in scrape().splitlines() if line.startswith(PROGRESS)]
+    now, file = "\n".join(moving), os.path.join(tempfile.gettempdir(), SEEN_FILE)
+    try:
+        with open(file, encoding="utf-8") as seen:
+            before = seen.read()
+    except OSError:
+        before = now  # the first call
+    with open(file, "w", encoding="utf-8") as seen:
+        seen.write(now)
+    return bool(now) and now != before
+
+
+def scrape() -> str:
+    """Prometheus' text; empty when Triton does not answer."""
+    url = METRICS_URL.format(port=os.environ.get("PROBE_METRICS_PORT", "8002"))
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            return str(response.read().decode())
+    except OSError as error:
+        print(f"probe: {error}", file=sys.stderr)
+        return ""
+
+
+def live() -> int:
+    """0 while Triton says that it lives."""
+    try:
+        url = LIVE_URL.format(port=os.environ.get("PROBE_HTTP_PORT", "8000"))
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            return 0 if response.status == 200 else 1
+    except OSError as error:
+        print(f"probe live: {error}", file=sys.stderr)
+        return 1
+
+
 def open_requests(metrics: str) -> float:
     """Requests that the engine runs or holds, by Prometheus' text."""
     lines = [line for line in metrics.splitlines() if line.startswith(REQUESTS_METRIC)]
@@ -74,14 +130,9 @@ def drain(seconds: float) -> int:
     """Wait until the engine has nothing to do; first for clients to learn that this server is leaving."""
     deadline_s = time.monotonic() + seconds
     time.sleep(min(LEAVE_S, seconds))
-    url = METRICS_URL.format(port=os.environ.get("PROBE_METRICS_PORT", "8002"))
     while time.monotonic() < deadline_s:
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-                if open_requests(response.read().decode()) == 0:
-                    break
-        except OSError as error:  # it has gone: nothing is left to wait for
-            print(f"probe drain: {error}", file=sys.stderr)
+        metrics = scrape()
+        if not metrics or open_requests(metrics) == 0:  # none: it has gone, and nothing is left to wait for
             break
         time.sleep(1.0)
     return 0
@@ -89,11 +140,12 @@ def drain(seconds: float) -> int:
 
 def main(argv: list[str]) -> int:
     """Exit code of one call."""
-    if len(argv) == 2 and argv[1] in ("start", "alive"):
-        return check(argv[1])
+    modes = {"start": lambda: check("start"), "alive": lambda: check("alive"), "ready": ready, "live": live}
+    if len(argv) == 2 and argv[1] in modes:
+        return modes[argv[1]]()
     if len(argv) == 3 and argv[1] == "drain" and argv[2].isdigit():
         return drain(float(argv[2]))
-    print("usage: probe.py start|alive|drain SECONDS", file=sys.stderr)
+    print("usage: probe.py start|ready|alive|live|drain SECONDS", file=sys.stderr)
     return 2
 
 

@@ -33,6 +33,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- if gt $world 1 }}
 - mpirun
 - --allow-run-as-root
+- --bind-to
+- none
+- --map-by
+- slot:OVERSUBSCRIBE
 - --mca
 - odls_base_sigkill_timeout
 - {{ .Values.drainSeconds | int64 | quote }}
@@ -52,10 +56,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - --grpc-port=8001
 - --http-port=8000
 - --metrics-port=8002
+- --metrics-address=0.0.0.0
 - --exit-timeout-secs={{ $.Values.drainSeconds | int64 }}
-{{- if gt $rank 0 }}
-- --model-control-mode=explicit
-- --load-model=tensorrt_llm
+{{- if not $.Values.service.http }}
+- --http-address=127.0.0.1
+{{- end }}
+- --grpc-restricted-protocol=model-repository,trace,logging,shared-memory:minitron-admin-key=$(MINITRON_ADMIN_KEY)
+- --http-restricted-api=model-repository,trace,logging,shared-memory:minitron-admin-key=$(MINITRON_ADMIN_KEY)
+{{- if $.Values.auth.apiKeySecret }}
+- --grpc-restricted-protocol=inference,model-config,statistics:minitron-key=$(MINITRON_API_KEY)
+- --http-restricted-api=inference,model-config,statistics:minitron-key=$(MINITRON_API_KEY)
 {{- end }}
 {{- if $.Values.tls.secretName }}
 - --grpc-use-ssl=1
@@ -66,6 +76,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - --grpc-root-cert=/tls/ca.crt
 {{- end }}
 {{- end }}
+- --model-control-mode=explicit
+- --load-model={{ if gt $rank 0 }}tensorrt_llm{{ else }}*{{ end }}
 {{- range $.Values.extraArgs }}
 - {{ . | quote }}
 {{- end }}
