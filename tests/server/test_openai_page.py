@@ -119,7 +119,8 @@ def test_it_fits_a_phone(page: Page, tmp_path: Path) -> None:
     expect(page.locator("#reason")).to_have_text(re.compile("stop|length"), timeout=20_000)
     widest = page.evaluate("document.documentElement.scrollWidth")
     assert widest <= PHONE["width"]
-    cut_off = "[...document.querySelectorAll('dd, label')].filter((one) => one.scrollWidth > one.clientWidth).length"
+    boxes = "[...document.querySelectorAll('dd, label')]"
+    cut_off = f"{boxes}.filter((one) => one.scrollWidth > one.clientWidth).length"
     assert page.evaluate(cut_off) == 0
     for name in ("#go", "#halt"):
         box = page.locator(name).bounding_box()
