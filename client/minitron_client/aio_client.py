@@ -471,12 +471,12 @@ class AsyncTextStream:
         responses, self._responses = self._responses, None
         if responses is not None:
             responses.cancel()
+        pause_s = self._exchange.pause_before_retry_s(error)
+        if pause_s is None and self._exchange.fail(error):
+            self._client._send_stop(self._exchange)
         if isinstance(error, STALE_METADATA_ERRORS):
             self._client._forget(self._exchange.url)
-        pause_s = self._exchange.pause_before_retry_s(error)
         if pause_s is None:
-            if self._exchange.fail(error):
-                self._client._send_stop(self._exchange)
             return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._left.wait(), pause_s)

@@ -508,13 +508,13 @@ class TextStream:
         responses, self._responses = self._responses, None
         if responses is not None:
             responses.cancel()
+        pause_s = self._exchange.pause_before_retry_s(error)
+        if pause_s is None and self._exchange.fail(error):
+            self._client._send_stop(self._exchange)
         if isinstance(error, STALE_METADATA_ERRORS):
             self._client._forget(self._exchange.url)
-        pause_s = self._exchange.pause_before_retry_s(error)
         if pause_s is not None:
             self._left.wait(pause_s)
-        elif self._exchange.fail(error):
-            self._client._send_stop(self._exchange)
 
     def _abandon(self, error: MinitronClientError | None) -> None:
         """Leave the request: the caller goes, or the client is closed."""

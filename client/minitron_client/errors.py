@@ -201,7 +201,7 @@ SENTENCE_RULES: tuple[SentenceRule, ...] = (
     _rule(r"protocol is restricted, expecting header", "UNAVAILABLE", AuthError),
     _rule(r"exceeds maximum queue size|queue (?:is )?full", "UNAVAILABLE", OverloadedError),
     _rule(r"request timeout expired", "UNAVAILABLE", DeadlineError),
-    _rule(r"^CLIENT: .*message larger than max", "RESOURCE_EXHAUSTED", ProtocolError),
+    _rule(r"\bCLIENT: .*message larger than max", "RESOURCE_EXHAUSTED", ProtocolError),
     _rule(r"message larger than max", "RESOURCE_EXHAUSTED", InvalidRequestError),
     _rule(r"request cancelled by client", "CANCELLED", CancelledError),
     _rule(r"streaming is only supported in decoupled mode", "UNIMPLEMENTED", UnsupportedError),

@@ -1,0 +1,137 @@
+"""Arguments, environment and flags: what a client is made of, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_client import AsyncMinitronClient, InvalidValueError, MinitronClient, TlsConfig
+from minitron_client.connection_flags import add_connection_flags, client_options
+from minitron_client.settings import API_KEY_HEADER, ClientSettings
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(params=[MinitronClient, AsyncMinitronClient])
+def make(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_the_environment_is_taken_where_an_argument_is_missing(
+    make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_text("pem")
+    monkeypatch.setenv("MINITRON_URL", "one:1, two:2")
+    monkeypatch.setenv("MINITRON_API_KEY", "secret")
+    monkeypatch.setenv("MINITRON_TLS_CA_FILE", str(ca))
+    monkeypatch.setenv("MINITRON_LOG_PROMPTS", "1")
+    settings: ClientSettings = make().settings
+    assert settings.urls == ("one:1", "two:2")
+    assert settings.headers == {API_KEY_HEADER: "secret"}
+    assert settings.tls == TlsConfig(ca_file=str(ca))
+    assert settings.log_prompts
+    assert "secret" not in repr(settings)
+    given: ClientSettings = make(
+        ["three:3"], api_key="other", tls=TlsConfig(), headers={"X-Route": "a"}
+    ).settings
+    assert given.urls == ("three:3",)
+    assert given.headers == {API_KEY_HEADER: "other", "x-route": "a"}
+    assert given.tls == TlsConfig()
+
+
+def test_the_default_is_the_loopback_in_plain_text(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MINITRON_URL", "MINITRON_API_KEY", "MINITRON_TLS"):
+        monkeypatch.delenv(name, raising=False)
+    settings: ClientSettings = make().settings
+    assert (settings.urls, settings.tls, dict(settings.headers)) == (("127.0.0.1:8001",), None, {})
+    assert (settings.timeout_s, settings.connect_timeout_s, settings.max_retries) == (60, 5, 2)
+    monkeypatch.setenv("MINITRON_TLS", "1")
+    assert make().settings.tls == TlsConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"url": []}, "url is an empty list"),
+        ({"url": "a:1,b"}, "url 'b' is not HOST:PORT"),
+        ({"url": ["a:1", 7]}, "url 7 is not HOST:PORT"),
+        ({"model": ""}, "model must be the name of a model"),
+        ({"max_retries": -1}, "max_retries must be an integer from 0"),
+        ({"max_retries": True}, "max_retries must be an integer from 0"),
+        ({"headers": {"triton_grpc_error": "true"}}, "header triton_grpc_error is never sent: it can crash"),
+        ({"headers": {"Triton_GRPC_Error": "true"}}, "header triton_grpc_error is never sent"),
+        ({"headers": {"grpc-timeout": "1"}}, "header 'grpc-timeout' cannot be sent"),
+        ({"headers": {"a b": "1"}}, "header 'a b' cannot be sent"),
+        ({"headers": {"x": "ü"}}, "the value of header x must be printable ASCII"),
+        ({"headers": {"x": "a\nb"}}, "the value of header x must be printable ASCII"),
+        ({"api_key": "ü"}, "must be printable ASCII"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(make: Any, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidValueError, match=words):
+        make(**arguments)
+
+
+def test_an_unclear_switch_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_TLS", "maybe")
+    with pytest.raises(InvalidValueError, match="MINITRON_TLS is 'maybe'; expected 1 or 0"):
+        make()
+
+
+def test_tls_files_are_looked_at_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"ca_file .*nope.pem: No such file or directory; give"):
+        TlsConfig(ca_file=tmp_path / "nope.pem")
+    with pytest.raises(InvalidValueError, match="mutual TLS needs cert_file and key_file"):
+        TlsConfig(cert_file=tmp_path / "cert.pem")
+
+
+def test_a_wrong_request_id_or_header_of_one_request_is_refused() -> None:
+    with MinitronClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidValueError, match="triton_grpc_error is never sent"):
+            client.generate("hi", headers={"triton_grpc_error": "true"})
+        with pytest.raises(InvalidValueError, match="concurrency must be an integer from 1, got 0"):
+            client.generate_batch(["hi"], concurrency=0)
+        with pytest.raises(InvalidValueError, match="got one string; use generate"):
+            client.generate_batch("hi")
+
+
+# --- flags ---
+
+
+def options(*words: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_connection_flags(parser)
+    return client_options(parser.parse_args(words))
+
+
+def test_flags_become_arguments(tmp_path: Path) -> None:
+    key, pem = tmp_path / "key", tmp_path / "x.pem"
+    key.write_text("secret\n")
+    pem.write_text("pem")
+    made = options(
+        "--url", "a:1,b:2", "--api-key-file", str(key), "--tls-ca", str(pem), "--tls-cert", str(pem),
+        "--tls-key", str(pem), "--tls-server-name", "triton", "--header", "x-route: blue",
+        "--max-retries", "0",
+    )  # fmt: skip
+    settings = MinitronClient(**made).settings
+    assert settings.urls == ("a:1", "b:2")
+    assert settings.headers == {API_KEY_HEADER: "secret", "x-route": "blue"}
+    assert settings.tls == TlsConfig(str(pem), str(pem), str(pem), "triton")
+    assert settings.max_retries == 0
+    assert options("--tls")["tls"] == TlsConfig()
+    assert options()["tls"] is None
+
+
+def test_flags_that_cannot_be_used(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    with pytest.raises(InvalidValueError, match="is empty; it must hold the key"):
+        options("--api-key-file", str(empty))
+    with pytest.raises(InvalidValueError, match="cannot be read"):
+        options("--api-key-file", str(tmp_path / "nope"))
+    with pytest.raises(InvalidValueError, match="has no colon; write NAME:VALUE"):
+        options("--header", "x")
