@@ -16,7 +16,8 @@ import pytest
 from minitron_build.checkpoint.convert import convert_checkpoint
 from minitron_build.errors import CheckpointError
 from minitron_build.source.hub import resolve_checkpoint
-from minitron_build.verify.gate import PARTS, VerifyRequest, short_verify, verify
+from minitron_build.verify.gate import VerifyRequest, short_verify, verify
+from minitron_build.verify.result import PARTS
 
 DEMO = resolve_checkpoint("demo").hf_dir
 FEW = {"num_samples": 4, "seq_len": 128}

@@ -21,7 +21,7 @@ from minitron_build.verify.golden_prompts import (
     greedy_continuations,
 )
 from minitron_build.verify.models import Arithmetic, open_models
-from minitron_build.verify.result import VerifyResult
+from minitron_build.verify.result import GOLDEN, LONG, PARTS, REPEAT, VerifyResult
 from minitron_build.verify.side_by_side import (
     SideBySide,
     compare_tokens,
@@ -40,9 +40,6 @@ LONG_PROMPT_TOKENS = 8192
 LONG_PROMPT_ROWS = 64
 """Of the long prompt's end, so many tokens are compared: one alone would be a matter of luck."""
 REPEAT_TOKENS = 256
-GOLDEN, LONG, REPEAT = "golden-prompts", "long-prompt", "repeat-prompt"
-PARTS = (GOLDEN, LONG, REPEAT)
-"""What can be left out; perplexity and layer errors cannot."""
 SHORT_SAMPLES, SHORT_SEQ_LEN = 8, 256
 SHORT_REASON = "left out of the short form: run minitron verify"
 

@@ -13,6 +13,10 @@ from minitron_build.verify.thresholds import Check
 
 RESULT_SCHEMA = 1
 
+GOLDEN, LONG, REPEAT = "golden-prompts", "long-prompt", "repeat-prompt"
+PARTS = (GOLDEN, LONG, REPEAT)
+"""What can be left out; perplexity and layer errors cannot."""
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:

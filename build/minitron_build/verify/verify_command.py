@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 from minitron_build.errors import GateError, MachineError, RefusedError
 from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, EvalSet, read_eval_set
-from minitron_build.verify.gate import PARTS, VerifyRequest, verify
 from minitron_build.verify.models import Arithmetic, open_reference
-from minitron_build.verify.result import VerifyResult
+from minitron_build.verify.result import PARTS, VerifyResult
 from minitron_build.verify.target import GIVE_SOURCE, Target
 from minitron_build.verify.thresholds import FP8, add_threshold_flags, given_thresholds
 
@@ -88,6 +87,8 @@ def _verified(args: argparse.Namespace) -> VerifyResult:
 
 
 def _against_source(args: argparse.Namespace, target: Target, progress: Progress) -> VerifyResult:
+    from minitron_build.verify.gate import VerifyRequest, verify
+
     checkpoint_dir = target.needed_checkpoint()
     source_dir = target.resolve_source(args.against)
     for difference in target.differences(source_dir):
