@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+import os
+import weakref
+from typing import Any, ClassVar
 
 import grpc
 import grpc.aio
@@ -26,7 +28,7 @@ from minitron_client._triton import (
     small_call_error,
     status_of,
 )
-from minitron_client.errors import AuthError, MinitronClientError, UnsupportedError
+from minitron_client.errors import AuthError, ClientClosedError, MinitronClientError, UnsupportedError
 from minitron_client.settings import TlsConfig
 from minitron_client.tensors import InferRequest, InferResponse, ModelMetadata
 
@@ -41,9 +43,21 @@ class AioConnection:
     Args:
         url: HOST:PORT. Nothing is sent before the first call.
         tls: None for plain text.
+
+    Raises:
+        ClientClosedError: this process is the child of one that had such a channel open when it forked.
     """
 
+    _open: ClassVar[weakref.WeakSet[AioConnection]] = weakref.WeakSet()
+    _is_fork: ClassVar[bool] = False
+
     def __init__(self, url: str, tls: TlsConfig | None = None) -> None:
+        if self._is_fork:
+            raise ClientClosedError(
+                "this process was forked while grpc.aio was in use, which does not survive a fork; use "
+                "MinitronClient here, or start the process with spawn"
+            )
+        self._open.add(self)
         self.url = url
         self._channel, self._stub = make_stub(grpc.aio, url, tls)
 
@@ -117,7 +131,15 @@ class AioConnection:
 
     async def close(self) -> None:
         """Close the channel; calls that still run are cancelled."""
+        self._open.discard(self)
         await self._channel.close(None)
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        cls._is_fork = cls._is_fork or len(cls._open) > 0
+
+
+os.register_at_fork(after_in_child=AioConnection._after_fork)
 
 
 class AioResponses:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -99,6 +100,7 @@ class AsyncMinitronClient:
         self._streams: weakref.WeakSet[AsyncTextStream] = weakref.WeakSet()
         self._stops: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
         self._is_closed = False
 
     @property
@@ -332,7 +334,9 @@ class AsyncMinitronClient:
         if self._is_closed:
             raise ClientClosedError(f"the client for {self.url} was closed; make a new one")
         if self._loop is None:
-            self._loop = loop
+            self._loop, self._pid = loop, os.getpid()
+        if self._pid != os.getpid():
+            raise ClientClosedError("the client belongs to the process that forked this one; make a new one")
         if self._loop is not loop:
             raise ClientClosedError("the client was first used in another event loop; make one for each loop")
         if url not in self._connections:
