@@ -20,7 +20,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 
 from fake_triton import AwaitedClient, own_threads
-from minitron_build.serving import triton_server
+from minitron_build.serving.triton_security import ServerSecurity
 from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 from minitron_client import (
     Chunk,
@@ -34,12 +34,15 @@ from minitron_client import (
     ServerConnectionError,
     StreamBrokenError,
     UnavailableError,
+    UnsupportedError,
 )
 from minitron_client._blocking import Connection
 from minitron_client.tensors import InferRequest, Scalar, Tensor, TensorSpec
 
 pytestmark = pytest.mark.server
 
+ADMIN_KEY = "the-administrator-of-the-tests"
+ADMIN = {"triton-grpc-protocol-minitron-admin-key": ADMIN_KEY}
 BLS, ENSEMBLE = "tensorrt_llm_bls", "ensemble"
 INTERFACE = """
 input [
@@ -74,6 +77,81 @@ CONFIGS = {
     "fragile": PYTHON + "max_batch_size: 1",
     "unloaded": PYTHON + "max_batch_size: 1",
 }
+
+LLM_API_CONFIG = """
+backend: "python" max_batch_size: 0 model_transaction_policy { decoupled: true }
+instance_group [ { count: 1 kind: KIND_CPU } ]
+input [
+  { name: "text_input" data_type: TYPE_STRING dims: [ -1 ] },
+  { name: "streaming" data_type: TYPE_BOOL dims: [ 1 ] optional: true },
+  { name: "sampling_param_max_tokens" data_type: TYPE_INT32 dims: [ 1 ] optional: true },
+  { name: "sampling_param_top_p" data_type: TYPE_FP32 dims: [ 1 ] optional: true },
+  { name: "sampling_param_exclude_input_from_output" data_type: TYPE_BOOL dims: [ 1 ] optional: true },
+  { name: "return_finish_reason" data_type: TYPE_BOOL dims: [ 1 ] optional: true },
+  { name: "stop" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
+]
+output [
+  { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] },
+  { name: "finish_reason" data_type: TYPE_STRING dims: [ -1 ] }
+]
+"""
+CONFIGS["llm_api"] = LLM_API_CONFIG
+# Answers as NVIDIA's model on the LLM API does: the whole text so far in each response, "None" for no reason
+# yet, one dimension, a stop answered with an error. It says its prompt, a character a token.
+LLM_API_MODEL = """
+import queue, threading, time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.stopped, self.arrived = set(), queue.SimpleQueue()
+        # The only thread that sends, as above.
+        self.player = threading.Thread(target=self.play_all)
+        self.player.start()
+
+    def finalize(self):
+        self.arrived.put(None)
+        self.player.join()
+
+    def execute(self, requests):
+        for request in requests:
+            values = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            if "stop" in values:
+                self.stopped.add(request.request_id())
+            values = {name: value.copy() for name, value in values.items()}
+            self.arrived.put((request, request.get_response_sender(), values))
+
+    def play_all(self):
+        while (arrived := self.arrived.get()) is not None:
+            self.play(*arrived)
+
+    def play(self, request, sender, values):
+        assert all(value.ndim == 1 for value in values.values())
+        if "stop" in values:
+            error = pb_utils.TritonError("Request cancelled by client", pb_utils.TritonError.CANCELLED)
+            return sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+        text, limit = values["text_input"][0].decode(), values["sampling_param_max_tokens"][0]
+        if text == "bad":
+            error = pb_utils.TritonError("Error generating request: a bad prompt")
+            return sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+        said = text[:limit]
+        for end in range(1, len(said) + 1) if values["streaming"][0] else [len(said)]:
+            is_last = end == len(said)
+            reason = ("length" if len(text) > limit else "stop") if is_last else "None"
+            sender.send(self.response(said[:end], reason), flags=FINAL if is_last else 0)
+            if not is_last and (request.request_id() in self.stopped or request.is_cancelled()):
+                return sender.send(flags=FINAL)
+            time.sleep(0.002)
+
+    def response(self, text, reason):
+        words = {"text_output": text, "finish_reason": reason}
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(k, np.array([v.encode()], dtype=np.object_)) for k, v in words.items()]
+        )
+"""
 
 # Plays the script in text_input: a list of [verb, value].
 SCRIPTED_MODEL = """
@@ -176,8 +254,8 @@ def model_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (repo / name / "1").mkdir(parents=True)
         (repo / name / "config.pbtxt").write_text(f'name: "{name}"\n{config}')
         if name != ENSEMBLE:
-            source = SCRIPTED_MODEL if name == BLS else PLAIN_MODEL
-            (repo / name / "1" / "model.py").write_text(source)
+            sources = {BLS: SCRIPTED_MODEL, "llm_api": LLM_API_MODEL}
+            (repo / name / "1" / "model.py").write_text(sources.get(name, PLAIN_MODEL))
     return repo
 
 
@@ -194,18 +272,12 @@ def start_server(model_repo: Path) -> Callable[[], TritonServer]:
             metrics_port=metrics_port,
             drain_timeout_s=10,
             start_timeout_s=40,
+            security=ServerSecurity(admin_key=ADMIN_KEY),
         )
-        own_flags = triton_server._server_flags
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                triton_server,
-                "_server_flags",
-                lambda *given: [*own_flags(*given), "--model-control-mode=explicit", "--load-model=*"],
-            )
-            server = TritonServer.start(options)
+        server = TritonServer.start(options)
         server.wait_until_ready()
         with InferenceServerClient(server.grpc_url) as admin:
-            admin.unload_model("unloaded")
+            admin.unload_model("unloaded", headers=ADMIN)
         return server
 
     return start
@@ -282,8 +354,49 @@ def test_many_threads_one_client(client: MinitronClient) -> None:
 def test_health_tells_what_is_loaded(client: MinitronClient) -> None:
     health = client.health()
     assert health.live
-    assert dict(health.models) == {name: name != "unloaded" for name in CONFIGS}
+    assert dict(health.models) == {name: True for name in (BLS, ENSEMBLE)}  # what a caller can find out
     assert set(client.metadata().inputs) == set(INPUT_NAMES)
+
+
+@pytest.mark.parametrize("make", [MinitronClient, AwaitedClient], ids=["blocking", "awaited"])
+def test_health_tells_the_administrator_every_model(server: TritonServer, make: Any) -> None:
+    with make(server.grpc_url, headers=ADMIN) as client:
+        assert dict(client.health().models) == {name: name != "unloaded" for name in CONFIGS}
+
+
+# --- other vocabularies and policies ---
+
+
+@pytest.mark.parametrize("make", [MinitronClient, AwaitedClient], ids=["blocking", "awaited"])
+def test_a_model_on_the_llm_api_is_spoken_to_in_its_own_words(server: TritonServer, make: Any) -> None:
+    with make(server.grpc_url, model="llm_api", timeout_s=20) as client:
+        completion = client.generate("größer 🎈 und mehr", max_tokens=8)
+        assert (completion.text, completion.finish_reason) == ("größer 🎈", "length")
+        with client.stream("größer 🎈", max_tokens=99, top_p=0.9) as stream:
+            assert [chunk.text for chunk in stream] == list("größer 🎈")
+            assert stream.final().finish_reason == "stop"
+        with pytest.raises(InternalError, match="Error generating request: a bad prompt"):
+            client.generate("bad")
+        with pytest.raises(UnsupportedError, match="has no input sampling_param_stop"):
+            client.generate("hi", stop_words=["x"])
+        with client.stream("x" * 5000, max_tokens=5000) as stream:
+            next(stream)
+        assert stream.final().finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("make", [MinitronClient, AwaitedClient], ids=["blocking", "awaited"])
+def test_a_model_that_is_not_decoupled_answers_a_unary_call(server: TritonServer, make: Any) -> None:
+    with make(server.grpc_url, model="fragile", timeout_s=20) as client:
+        assert client.metadata().is_decoupled is False
+        completion = client.generate("0")
+        assert (completion.text, completion.finish_reason) == ("done", "stop")
+        with pytest.raises(InternalError, match="ValueError: boom") as caught:
+            client.generate("raise")
+        assert caught.value.code == "INTERNAL"
+        with pytest.raises(UnsupportedError, match="is not decoupled"):
+            client.stream("0")
+        with pytest.raises(DeadlineError):
+            client.generate("1", timeout_s=0.3)
 
 
 # --- leaving ---
