@@ -48,6 +48,9 @@ VERBS: dict[str, Verb] = {
     "logits": Verb(
         "minitron_build.checkpoint.logits_command", "next-token logits of a TensorRT-LLM checkpoint, as JSON"
     ),
+    "export-hf": Verb(
+        "minitron_build.checkpoint.export_hf_command", "an FP8 checkpoint in Hugging Face's format"
+    ),
     "generate": Verb(
         "minitron_client.generate_command", "completions from a server: one, streamed, or a file of prompts"
     ),

@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minitron_build.calibration.samples import SampleRequest, read_calibration_set
+from minitron_build.calibration.samples import CalibrationSet, SampleRequest, read_calibration_set
 from minitron_build.checkpoint.convert_fp8 import Fp8Choice, convert_fp8_checkpoint
+from minitron_build.checkpoint.export_hf import export_hf_checkpoint
 from minitron_build.checkpoint.weight_map import Mapping, hf_tensors
 from minitron_build.source.model_config import ModelConfig
 
@@ -86,15 +87,15 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each shape: the model `hf`, `ids.json`, and ModelOpt's export `trtllm`."""
+    """A folder for each shape: the model `source`, `ids.json`, ModelOpt's exports `trtllm` and `hf`."""
     root = tmp_path_factory.mktemp("modelopt")
     jobs = []
     for name, shape in SHAPES.items():
         folder = root / name
         folder.mkdir()
-        hf_dir, ids = write_model(shape, folder)
-        job = {"hf_dir": str(hf_dir), "ids": str(ids), "kv": shape.kv, "tp": shape.tp, "pp": shape.pp}
-        jobs.append({**job, "kind": "trtllm", "out": str(folder / "trtllm")})
+        source, ids = write_model(shape, folder)
+        job = {"hf_dir": str(source), "ids": str(ids), "kv": shape.kv, "tp": shape.tp, "pp": shape.pp}
+        jobs += [{**job, "kind": kind, "out": str(folder / kind)} for kind in ("trtllm", "hf")]
     command = [sys.executable, "-c", MODELOPT, json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -104,13 +105,30 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", SHAPES)
 def test_rank_files_are_modelopts_byte_for_byte(theirs: Path, tmp_path: Path, name: str) -> None:
     shape, folder = SHAPES[name], theirs / name
-    data = read_calibration_set(SampleRequest(folder / "ids.json"), folder / "hf", shape.vocab)
     mapping, choice = Mapping(shape.tp, shape.pp), Fp8Choice(shape.kv)
-    convert_fp8_checkpoint(folder / "hf", tmp_path / "ours", data, mapping=mapping, choice=choice)
+    data = calibration_set(folder, shape)
+    convert_fp8_checkpoint(folder / "source", tmp_path / "ours", data, mapping=mapping, choice=choice)
     exported = sorted((folder / "trtllm").iterdir())
     assert len(exported) == 1 + mapping.world_size
     for path in exported:
         assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_hf_export_is_modelopts_byte_for_byte(theirs: Path, tmp_path: Path, name: str) -> None:
+    shape, folder = SHAPES[name], theirs / name
+    data, choice = calibration_set(folder, shape), Fp8Choice(shape.kv)
+    export_hf_checkpoint(folder / "source", tmp_path / "ours", data, choice=choice)
+    for file in ("model.safetensors", "hf_quant_config.json"):
+        assert (tmp_path / "ours" / file).read_bytes() == (folder / "hf" / file).read_bytes(), file
+    ours, exported = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "ours", folder / "hf")
+    )
+    assert ours["quantization_config"] == exported["quantization_config"]
+
+
+def calibration_set(folder: Path, shape: Shape) -> CalibrationSet:
+    return read_calibration_set(SampleRequest(folder / "ids.json"), folder / "source", shape.vocab)
 
 
 def write_model(shape: Shape, folder: Path) -> tuple[Path, Path]:
@@ -128,7 +146,7 @@ def write_model(shape: Shape, folder: Path) -> tuple[Path, Path]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    hf_dir = folder / "hf"
+    hf_dir = folder / "source"
     hf_dir.mkdir()
     (hf_dir / "config.json").write_text(json.dumps(raw))
     generator = torch.Generator().manual_seed(20)

@@ -47,6 +47,10 @@ Progress = Callable[[int], None]
 class Fp8Target(Protocol):
     """What files there are and what they hold."""
 
+    @property
+    def metadata(self) -> Mapping[str, str] | None:
+        """Of each file's header."""
+
     def layouts(self) -> tuple[Layout, ...]:
         """Of each file."""
 
@@ -181,7 +185,9 @@ class _Forward:
 def _open_files(job: Fp8Job, work_dir: Path, stack: ExitStack, *, is_resumed: bool) -> list[PlannedFile]:
     files = []
     for name, layout in zip(job.file_names, job.target.layouts(), strict=True):
-        files.append(PlannedFile(work_dir / name, layout, is_resumed=is_resumed))
+        files.append(
+            PlannedFile(work_dir / name, layout, is_resumed=is_resumed, metadata=job.target.metadata)
+        )
         stack.callback(files[-1].close)
     return files
 

@@ -106,6 +106,10 @@ class TrtllmFp8:
         )
         return cls(tuple(tensors), mapping.world_size, has_fp8_kv)
 
+    @property
+    def metadata(self) -> None:
+        """ModelOpt's rank files have none."""
+
     def layouts(self) -> tuple[Layout, ...]:
         """Of each rank file, in its order."""
         layouts: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in range(self.world_size)]

@@ -42,11 +42,15 @@ class PlannedFile:
 
     Args:
         is_resumed: keep what an interrupted run wrote; otherwise the file starts empty.
+        metadata: of the file's header.
     """
 
-    def __init__(self, path: Path, layout: Layout, *, is_resumed: bool) -> None:
-        header = layout_header(layout)
-        self.path, self._starts = path, {}
+    def __init__(
+        self, path: Path, layout: Layout, *, is_resumed: bool, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        header = layout_header(layout, metadata)
+        self.path = path
+        self._starts: dict[str, int] = {}
         self.file_bytes = len(header)
         for name, entry in layout.items():
             self._starts[name] = self.file_bytes

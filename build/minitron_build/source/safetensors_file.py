@@ -93,13 +93,17 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(path, 8 + length, file_bytes, _read_entries(path, text, file_bytes))
 
 
-def layout_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def layout_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The bytes before the data of a file that holds these tensors in this order.
 
     Args:
         tensors: name -> (dtype as safetensors writes it, shape); data follows in the same order.
+        metadata: free text of the file, by key; None for a file without.
     """
-    entries, offset = {}, 0
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + prod(shape) * ITEM_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
