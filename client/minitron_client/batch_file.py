@@ -113,7 +113,9 @@ def _read_line(index: int, text: str, sampling: SamplingParams, model: str) -> B
     if not isinstance(item, dict) or "prompt" not in item:
         raise InvalidValueError('expected a JSON string, or an object with "prompt"')
     own = {name: value for name, value in item.items() if name not in ("prompt", "id")}
-    prompt = item["prompt"] if isinstance(item["prompt"], str) else tuple(item["prompt"])
+    prompt = tuple(item["prompt"]) if isinstance(item["prompt"], list) else item["prompt"]
+    if not isinstance(prompt, (str, tuple)):
+        raise InvalidValueError(f"prompt must be a string or a list of token ids, got {prompt!r}")
     chosen = sampling.changed(own)
     asked = json.dumps([index, prompt, dataclasses.asdict(chosen), item.get("id"), model], sort_keys=True)
     return BatchLine(index, prompt, chosen, item.get("id"), hashlib.sha256(asked.encode()).hexdigest()[:16])

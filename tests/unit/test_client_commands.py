@@ -1,0 +1,343 @@
+"""The client's commands before a server in-process: files of prompts, the REPL, models, health."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_triton import FakeTriton, failure, reply, serving_fake, until_cancelled
+from minitron_client import (
+    InvalidValueError,
+    MinitronClient,
+    SamplingParams,
+    ServerConnectionError,
+    generate_command,
+    health_command,
+    models_command,
+    repl_command,
+)
+from minitron_client.batch_file import read_lines
+from minitron_client.repl_command import Repl
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTriton]:
+    with serving_fake() as triton:
+        monkeypatch.setenv("MINITRON_URL", triton.url)
+        yield triton
+
+
+def run(module: Any, *words: str) -> int:
+    parser = argparse.ArgumentParser()
+    module.configure_parser(parser)
+    return int(module.run(parser.parse_args(words)))
+
+
+def text_of(request: Any) -> str:
+    names = [item.name for item in request.inputs]
+    return str(request.raw_input_contents[names.index("text_input")][4:].decode())
+
+
+def upper(request: Any, context: Any) -> Iterator[Any]:
+    """The prompt in capitals, or a refusal."""
+    if text_of(request).startswith("bad"):
+        yield failure("INVALID_ARGUMENT: bad prompt")
+    else:
+        yield reply(text_of(request).upper(), is_final=True, finish_reason="stop")
+
+
+# --- files of prompts ---
+
+
+def batch(folder: Path, *lines: object) -> tuple[str, ...]:
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ("--batch", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl"))
+
+
+def answers(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(
+    fake: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.script = upper
+    two = {"prompt": "two", "id": "b", "max_tokens": 3}
+    flags = batch(tmp_path, "one", two, *(f"p{n}" for n in range(30)))
+    assert run(generate_command, *flags, "--max-tokens", "7", "--concurrency", "4") == 0
+    made = answers(tmp_path)
+    assert [answer["completion"]["text"] for answer in made] == ["ONE", "TWO", *(f"P{n}" for n in range(30))]
+    assert [answer["index"] for answer in made] == list(range(32))
+    assert [answer.get("id") for answer in made[:3]] == [None, "b", None]
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: report[name] for name in ("total", "asked", "resumed", "failed")} == {
+        "total": 32,
+        "asked": 32,
+        "resumed": 0,
+        "failed": 0,
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_what_failed_is_told_and_asked_again(fake: FakeTriton, tmp_path: Path) -> None:
+    fake.script = upper
+    flags = batch(tmp_path, "one", "bad two", "three")
+    assert run(generate_command, *flags) == 1
+    error = answers(tmp_path)[1]["error"]
+    assert (error["type"], error["code"], error["message"]) == (
+        "InvalidRequestError",
+        "INVALID_ARGUMENT",
+        "bad prompt",
+    )
+    fake.requests.clear()
+    fake.script = lambda request, context: iter([reply("fine now", is_final=True)])
+    assert run(generate_command, *flags) == 0
+    assert [text_of(request) for request in fake.requests] == ["bad two"]
+    assert [answer["completion"]["text"] for answer in answers(tmp_path)] == ["ONE", "fine now", "THREE"]
+    fake.requests.clear()
+    assert run(generate_command, *flags) == 0
+    assert fake.requests == []
+
+
+def test_a_run_that_was_killed_is_taken_up_where_it_ended(fake: FakeTriton, tmp_path: Path) -> None:
+    fake.script = upper
+    flags = batch(tmp_path, "one", "two", "three")
+    assert run(generate_command, *flags) == 0
+    whole = (tmp_path / "out.jsonl").read_text()
+    first, second, _ = whole.splitlines(keepends=True)
+    (tmp_path / "out.jsonl").unlink()
+    (tmp_path / "out.jsonl.partial").write_text(first + second[: len(second) // 2])
+    fake.requests.clear()
+    assert run(generate_command, *flags) == 0
+    assert sorted(text_of(request) for request in fake.requests) == ["three", "two"]
+    assert [answer["completion"]["text"] for answer in answers(tmp_path)] == ["ONE", "TWO", "THREE"]
+
+
+def test_an_interrupted_run_keeps_what_came(fake: FakeTriton, tmp_path: Path) -> None:
+    def script(request: Any, context: Any) -> Iterator[Any]:
+        if text_of(request) == "slow":
+            yield from until_cancelled(request, context)
+        yield from upper(request, context)
+
+    fake.script = script
+    flags = batch(tmp_path, "one", "slow", "three")
+    words = ("generate", *flags, "--concurrency", "1")
+    code = "import sys; from minitron_build.cli import main; sys.exit(main())"
+    with subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True) as process:
+        until_s = time.monotonic() + 20
+        while len(fake.requests) < 2 and time.monotonic() < until_s:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert fake.cancelled.wait(5)
+    assert not (tmp_path / "out.jsonl").exists()
+    fake.script = upper
+    fake.requests.clear()
+    assert run(generate_command, *flags) == 0
+    assert sorted(text_of(request) for request in fake.requests) == ["slow", "three"]
+
+
+def test_another_question_is_asked_anew(fake: FakeTriton, tmp_path: Path) -> None:
+    fake.script = upper
+    assert run(generate_command, *batch(tmp_path, "one", "two")) == 0
+    fake.requests.clear()
+    assert run(generate_command, *batch(tmp_path, "one", "changed")) == 0
+    assert [text_of(request) for request in fake.requests] == ["changed"]
+    assert run(generate_command, *batch(tmp_path, "one", "changed"), "--max-tokens", "5") == 0
+    assert len(fake.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", r"in.jsonl line 2: Expecting"),
+        ("7", r'line 2: expected a JSON string, or an object with "prompt"'),
+        ('{"text": "x"}', r'line 2: expected a JSON string, or an object with "prompt"'),
+        ('{"prompt": "x", "max_token": 3}', r"line 2: unknown sampling option max_token"),
+        ('{"prompt": "x", "temperature": 3}', r"line 2: temperature=3 has no effect"),
+        ('{"prompt": 7}', r"line 2: prompt must be a string or a list of token ids, got 7"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_refused_before_anything_is_asked(
+    fake: FakeTriton, tmp_path: Path, line: str, words: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text('"one"\n' + line)
+    with pytest.raises(InvalidValueError, match=words):
+        run(generate_command, "--batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    assert fake.requests == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_a_foreign_file_is_not_written_over(fake: FakeTriton, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(InvalidValueError, match=r"out.jsonl line 1 is not an answer of this command"):
+        run(generate_command, *batch(tmp_path, "one"))
+    assert (tmp_path / "out.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_lines_are_read_with_their_own_options(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text('"a"\n\n{"prompt": [1, 2], "id": 7, "seed": 3}\n')
+    lines = read_lines(tmp_path / "in", SamplingParams(top_p=0.5), "m")
+    assert [(line.index, line.prompt, line.item_id, line.sampling.seed) for line in lines] == [
+        (0, "a", None, None),
+        (1, (1, 2), 7, 3),
+    ]
+    assert {line.sampling.top_p for line in lines} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give one of PROMPT, - for stdin, --prompt-file and --batch"),
+        (("hi", "--prompt-file", "x"), "give one of PROMPT"),
+        (("--batch", "x"), "--batch and --output belong together"),
+        (("hi", "--batch", "x", "--output", "y"), "--batch has its own prompts"),
+    ],
+)
+def test_flags_that_do_not_go_together(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InvalidValueError, match=said):
+        run(generate_command, *words)
+
+
+def test_a_prompt_from_a_file(fake: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.script = upper
+    (tmp_path / "prompt.txt").write_text("two\nlines\n")
+    assert run(generate_command, "--prompt-file", str(tmp_path / "prompt.txt")) == 0
+    assert capsys.readouterr().out == "TWO\nLINES\n\n"
+
+
+# --- the REPL ---
+
+
+def test_a_text_grows_with_each_line_and_can_be_taken_back(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    count = iter(range(100))
+    fake.script = lambda request, context: iter([reply(f"<{next(count)}>", is_final=True)])
+    lines = [
+        "b",
+        "",
+        "/show",
+        "/undo",
+        "/retry",
+        "/show",
+        f"/save {tmp_path / 'text'}",
+        "/nope",
+        "/quit",
+        "no",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert run(repl_command, "a") == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["<0>", "<1>", "ab<0><1>", "<2>", "a<2>"]
+    assert "no command /nope" in printed.err
+    assert [text_of(request) for request in fake.requests] == ["ab", "ab<0>", "a"]
+    assert (tmp_path / "text").read_text() == "a<2>"
+
+
+def test_options_are_set_and_refused_in_the_repl(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MinitronClient(fake.url) as client:
+        repl = Repl(client, SamplingParams())
+        for line in (
+            "/set top_p 0.5", "/set seed 3", "/set stop_words a b", "/set top_p x", "/set colour red",
+            "/set seed none", "/set max_tokens 0", "/set",
+        ):  # fmt: skip
+            repl.step(line)
+    printed = capsys.readouterr()
+    assert "stop_words=('a', 'b')" in printed.out
+    assert "seed=" not in printed.out.splitlines()[-1]
+    assert printed.out.splitlines()[-1].startswith("max_tokens=128, top_p=0.5")
+    for said in (
+        "top_p must be a number",
+        "no sampling option colour",
+        "max_tokens must be an integer from 1",
+    ):
+        assert said in printed.err
+
+
+def test_an_error_does_not_end_the_repl_and_nothing_is_lost(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.script = upper
+    with MinitronClient(fake.url) as client:
+        repl = Repl(client, SamplingParams(), "good ")
+        repl.step("text")
+        repl.text = "bad"
+        repl.step(" one")
+        assert repl.text == "bad"
+        for line in ("", "/undo", "/undo", "/reset", "", "/help"):
+            repl.step(line)
+    printed = capsys.readouterr()
+    assert "bad prompt" in printed.err
+    assert "there is no step to take back" in printed.err
+    assert "the text is empty; type something" in printed.err
+    assert "/retry" in printed.out
+
+
+def test_ctrl_c_keeps_what_came(
+    fake: FakeTriton, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.script = until_cancelled
+    with MinitronClient(fake.url) as client:
+        repl = Repl(client, SamplingParams(), "x")
+        seen = []
+
+        def interrupting_print(*words: str, **options: Any) -> None:
+            seen.append(words)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr("builtins.print", interrupting_print)
+        repl.step("y")
+        monkeypatch.undo()
+    assert repl.text == "xy0 1 2 "
+    assert fake.cancelled.wait(5)
+
+
+# --- models, health ---
+
+
+def test_models_are_listed_with_how_they_can_be_asked(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.models = {"tensorrt_llm_bls": "READY", "ensemble": "UNAVAILABLE"}
+    assert run(models_command, "--tensors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "ensemble          not ready"
+    assert lines[1] == "tensorrt_llm_bls  ready, takes text, streams"
+    assert "    inputs text_input BYTES [-1, 1]" in lines
+    models = json.loads(lines[-1])["models"]
+    assert [model["name"] for model in models] == ["ensemble", "tensorrt_llm_bls"]
+    assert models[1]["decoupled"] is True
+    del fake.inputs["text_input"]
+    assert run(models_command) == 0
+    assert "tensorrt_llm_bls  ready, a step of another model, streams" in capsys.readouterr().out
+
+
+def test_models_of_nobody_is_an_error() -> None:
+    with pytest.raises(ServerConnectionError, match=r"no live server at 127\.0\.0\.1:1: no connection"):
+        run(models_command, "--url", "127.0.0.1:1")
+
+
+def test_health_waits_where_asked_to(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.is_ready = False
+    timer = threading.Timer(0.3, lambda: setattr(fake, "is_ready", True))
+    timer.start()
+    assert run(health_command, "--wait-s", "10", "--metrics-url", "none") == 0
+    timer.join()
+    assert "ready" in capsys.readouterr().out
