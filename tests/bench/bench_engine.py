@@ -2,10 +2,11 @@
 
     python tests/bench/bench_engine.py                                    # a random mid-size model
     python tests/bench/bench_engine.py --real-shape --layers 2            # the family's own shape
+    python tests/bench/bench_engine.py --real-shape --precision fp8       # FP8 here, bf16 in transformers
     python tests/bench/bench_engine.py --checkpoint DIR --hf-dir DIR
 
-Both run the same weights, prompts and lengths, greedily, in one process, with one thread count, taking turns;
-a run spans prompts and generation. The ceiling is the bandwidth that summing a large tensor reaches here over
+Both run the same model, prompts and lengths, greedily, in one process, with one thread count, taking turns; a
+run spans prompts and generation. The ceiling is the bandwidth that summing a large tensor reaches here over
 the bytes of weights a step reads. The last line of stdout is one JSON document.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -23,7 +25,9 @@ from threading import Event
 import torch
 from random_checkpoint import REAL_CONFIG, write_random_checkpoint
 
+from minitron_build.calibration.samples import CalibrationSet
 from minitron_build.checkpoint.convert import convert_checkpoint
+from minitron_build.checkpoint.convert_fp8 import convert_fp8_checkpoint
 from minitron_build.runtime.reference_engine import (
     EngineLimits,
     EngineOutput,
@@ -70,6 +74,21 @@ def weight_bytes_per_step(checkpoint_dir: Path, bytes_per_number: int) -> int:
     return bytes_per_number * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
 
 
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def write_checkpoint(hf_dir: Path, checkpoint_dir: Path, precision: str) -> None:
+    """The random model converted; FP8 is calibrated on a few random ids, which time and memory do not see."""
+    if precision == "bf16":
+        convert_checkpoint(hf_dir, checkpoint_dir)
+        return
+    samples = torch.randint(5, 500, (2, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    data = CalibrationSet("random", "0" * 64, tuple(map(tuple, samples)), 32)
+    convert_fp8_checkpoint(hf_dir, checkpoint_dir, data)
+
+
 def run_engine(engine: ReferenceEngine, prompts: list[list[int]], max_tokens: int) -> None:
     """Generate for all prompts at once."""
     left, done = {str(number) for number in range(len(prompts))}, Event()
@@ -93,14 +112,20 @@ def measure(args: argparse.Namespace, checkpoint_dir: Path, hf_dir: Path) -> dic
 
     length = args.prompt_tokens + args.max_tokens
     limits = EngineLimits(max(args.concurrency), args.prompt_tokens, length, 2048)
+    before, start = resident_bytes(), time.perf_counter()
     engine = ReferenceEngine(
-        checkpoint_dir, limits, compute_dtype=args.compute_dtype, num_threads=args.threads
+        checkpoint_dir,
+        limits,
+        compute_dtype=args.compute_dtype,
+        num_threads=args.threads,
+        keeps_fp8_bytes=args.keep_fp8_bytes,
     )
+    load_s, engine_bytes = time.perf_counter() - start, resident_bytes() - before
     dtype = getattr(torch, args.compute_dtype)
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype).eval()
     model.generation_config.pad_token_id = 0
     bandwidth = memory_bytes_per_s()
-    weight_bytes = weight_bytes_per_step(checkpoint_dir, dtype.itemsize)
+    weight_bytes = weight_bytes_per_step(checkpoint_dir, 2)  # what the engine keeps of 16 and 8 bits
     rows = []
     for concurrency in args.concurrency:
         generator = torch.Generator().manual_seed(concurrency)
@@ -131,7 +156,11 @@ def measure(args: argparse.Namespace, checkpoint_dir: Path, hf_dir: Path) -> dic
     engine.close()
     return {
         "compute_dtype": args.compute_dtype,
+        "precision": args.precision,
+        "keep_fp8_bytes": args.keep_fp8_bytes,
         "threads": args.threads,
+        "load_s": round(load_s, 1),
+        "engine_resident_mb": round(engine_bytes / 1e6),
         "memory_gb_per_s": round(bandwidth / 1e9, 2),
         "weight_mb_per_step": round(weight_bytes / 1e6, 1),
         "prompt_tokens": args.prompt_tokens,
@@ -148,6 +177,8 @@ def main() -> None:
     parser.add_argument("--hf-dir", type=Path, help="the HF checkpoint it came from")
     parser.add_argument("--real-shape", action="store_true", help="random weights, the family's shape")
     parser.add_argument("--layers", type=int, default=2, help="layers of --real-shape (%(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="of a random model")
+    parser.add_argument("--keep-fp8-bytes", action="store_true", help="FP8 weights at one byte a number")
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -163,7 +194,7 @@ def main() -> None:
             changes = {"num_hidden_layers": args.layers} if args.real_shape else MID_SIZE
             hf_dir, checkpoint_dir = Path(folder) / "hf", Path(folder) / "checkpoint"
             write_random_checkpoint(hf_dir, {**json.loads(REAL_CONFIG.read_text()), **changes}, None)
-            convert_checkpoint(hf_dir, checkpoint_dir)
+            write_checkpoint(hf_dir, checkpoint_dir, args.precision)
         print(json.dumps(measure(args, checkpoint_dir, hf_dir)))
 
 

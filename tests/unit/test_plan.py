@@ -52,6 +52,10 @@ def test_memory_decides_arithmetic_and_batch(real: ModelConfig) -> None:
     small, large = plan_for(real, available_gib=20), plan_for(real, available_gib=200)
     assert (small.compute_dtype, large.compute_dtype) == ("bfloat16", "float32")
     assert small.memory.kv_cache_bytes_per_token == 128 * 1024
+    assert small.memory.weights_bytes == large.memory.weights_bytes == 9_025_492_992
+    fp8 = plan_for(real, available_gib=20, precision="fp8")
+    assert (fp8.compute_dtype, fp8.memory.kv_cache_bytes_per_token) == ("float32", 64 * 1024)
+    assert fp8.memory.weights_bytes == small.memory.weights_bytes
     assert 1 <= small.limits.max_batch_size < large.limits.max_batch_size
 
 

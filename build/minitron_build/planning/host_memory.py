@@ -47,25 +47,28 @@ def _read_number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def decide_compute_dtype(config: ModelConfig, available_bytes: int) -> Decision:
-    """float32 arithmetic where it fits: exact, and the faster one on CPUs without bf16 instructions."""
-    wide_bytes = 4 * config.num_parameters
-    if wide_bytes <= available_bytes * CPU_MEMORY_SHARE:
-        return Decision(
-            "compute_dtype", "float32", f"bf16 weights widened to {wide_bytes / 1e9:.2f} GB fit in memory"
-        )
+def decide_compute_dtype(
+    config: ModelConfig, seq_len: int, kv_cache_dtype: str, available_bytes: int
+) -> Decision:
+    """float32 arithmetic where it fits: exact, and no slower, because weights are kept in 16 bits either way."""
+    weights_bytes = cpu_weights_bytes(config)
+    request_bytes = seq_len * cpu_kv_bytes_per_token(config, "float32", kv_cache_dtype)
+    need = (
+        f"weights of {weights_bytes / 1e9:.2f} GB and a full-length request of {request_bytes / 1e9:.2f} GB"
+    )
+    if weights_bytes + request_bytes <= available_bytes * CPU_MEMORY_SHARE:
+        return Decision("compute_dtype", "float32", f"{need} fit in memory")
     return Decision(
-        "compute_dtype",
-        "bfloat16",
-        f"float32 weights would take {wide_bytes / 1e9:.1f} of {available_bytes / 1e9:.1f} GB available",
+        "compute_dtype", "bfloat16", f"{need} are much for {available_bytes / 1e9:.1f} GB available"
     )
 
 
-def cpu_batch(config: ModelConfig, seq_len: int, compute_dtype: str, available_bytes: int) -> tuple[int, str]:
+def cpu_batch(
+    config: ModelConfig, seq_len: int, compute_dtype: str, kv_cache_dtype: str, available_bytes: int
+) -> tuple[int, str]:
     """How many full-length requests fit beside the weights, at least one and at most CPU_MAX_BATCH."""
-    item_bytes = 4 if compute_dtype == "float32" else 2
-    budget = available_bytes * CPU_MEMORY_SHARE - item_bytes * config.num_parameters
-    per_request = seq_len * cpu_kv_bytes_per_token(config, compute_dtype)
+    budget = available_bytes * CPU_MEMORY_SHARE - cpu_weights_bytes(config)
+    per_request = seq_len * cpu_kv_bytes_per_token(config, compute_dtype, kv_cache_dtype)
     batch = int(max(1, min(CPU_MAX_BATCH, budget // per_request)))
     return (
         batch,
@@ -73,7 +76,12 @@ def cpu_batch(config: ModelConfig, seq_len: int, compute_dtype: str, available_b
     )
 
 
-def cpu_kv_bytes_per_token(config: ModelConfig, compute_dtype: str) -> int:
-    """Keys and values of one token in the reference engine, in its arithmetic's format."""
-    item_bytes = 4 if compute_dtype == "float32" else 2
+def cpu_weights_bytes(config: ModelConfig) -> int:
+    """Weights in the reference engine: 16 bits a number, those of FP8 too, because that is fast."""
+    return 2 * config.num_parameters
+
+
+def cpu_kv_bytes_per_token(config: ModelConfig, compute_dtype: str, kv_cache_dtype: str) -> int:
+    """Keys and values of one token in the reference engine: FP8, or its arithmetic's format."""
+    item_bytes = 1 if kv_cache_dtype == "fp8" else {"float32": 4, "bfloat16": 2}[compute_dtype]
     return 2 * config.num_hidden_layers * config.kv_size * item_bytes

@@ -21,6 +21,7 @@ from minitron_build.planning.host_memory import (
     available_memory_bytes,
     cpu_batch,
     cpu_kv_bytes_per_token,
+    cpu_weights_bytes,
     decide_compute_dtype,
 )
 from minitron_build.planning.limits import (
@@ -395,15 +396,16 @@ def _cpu_plan(
     """A plan whose checkpoint the reference engine executes."""
     _check_cpu_request(request)
     config = model.config
-    compute = decide_compute_dtype(config, available_bytes)
-    batch = cpu_batch(config, decide_lengths(config, request)[1], compute.value, available_bytes)
+    seq_len, kv_cache_dtype = decide_lengths(config, request)[1], model.kv_cache_dtype
+    compute = decide_compute_dtype(config, seq_len, kv_cache_dtype, available_bytes)
+    batch = cpu_batch(config, seq_len, compute.value, kv_cache_dtype, available_bytes)
     limits, limit_decisions = cpu_limits(config, request, batch)
     return BuildPlan(
         source=source,
         arch="cpu",
         sm=None,
         precision=model.precision,
-        kv_cache_dtype=model.kv_cache_dtype,
+        kv_cache_dtype=kv_cache_dtype,
         compute_dtype=compute.value,
         mapping=model.mapping,
         limits=limits,
@@ -440,13 +442,12 @@ def _check_cpu_request(request: PlanRequest) -> None:
 
 def _cpu_memory(model: ModelBytes, compute_dtype: str, limits: Limits, available_bytes: int) -> Memory:
     config, disk_bytes = model.config, model.total_weights_bytes
-    item_bytes = 4 if compute_dtype == "float32" else 2
-    per_token = cpu_kv_bytes_per_token(config, compute_dtype)
+    per_token = cpu_kv_bytes_per_token(config, compute_dtype, model.kv_cache_dtype)
     tokens = limits.max_batch_size * limits.max_seq_len
     return Memory(
         gpu=None,
         gpu_memory_bytes=None,
-        weights_bytes=item_bytes * config.num_parameters,
+        weights_bytes=cpu_weights_bytes(config),
         activation_bytes=0,
         kv_cache_bytes_per_token=per_token,
         kv_cache_bytes=per_token * tokens,

@@ -110,6 +110,7 @@ class ReferenceEngine:
         num_threads: torch threads of the whole process; None: one for a small model, else every core.
         kv_cache_tokens: tokens of KV cache all running requests may reserve; None: what the batch can use at
             most, and no more than a share of the memory free after loading.
+        keeps_fp8_bytes: FP8 weights take one byte a number instead of two, and several times the time.
 
     Raises:
         UnsupportedCheckpointError: the checkpoint cannot be executed.
@@ -125,6 +126,7 @@ class ReferenceEngine:
         max_queue_size: int = 1024,
         num_threads: int | None = None,
         kv_cache_tokens: int | None = None,
+        keeps_fp8_bytes: bool = False,
     ) -> None:
         for name, value in (("num_threads", num_threads), ("kv_cache_tokens", kv_cache_tokens)):
             if value is not None and value < 1:
@@ -137,6 +139,7 @@ class ReferenceEngine:
             max_seq_len=limits.max_seq_len,
             compute_dtype=compute_dtype,
             num_threads=num_threads,
+            keeps_fp8_bytes=keeps_fp8_bytes,
         )
         self.vocab_size = self._model.config.vocab_size
         # Every slot may decode in a step and still leave room for a chunk of a prompt.
