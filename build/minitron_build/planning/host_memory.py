@@ -50,7 +50,7 @@ def _read_number(path: Path) -> int | None:
 def decide_compute_dtype(
     config: ModelConfig, seq_len: int, kv_cache_dtype: str, available_bytes: int
 ) -> Decision:
-    """float32 arithmetic where it fits: exact, and no slower, because weights are kept in 16 bits either way."""
+    """float32 arithmetic where it fits: exact, and no slower, as weights are kept in 16 bits either way."""
     weights_bytes = cpu_weights_bytes(config)
     request_bytes = seq_len * cpu_kv_bytes_per_token(config, "float32", kv_cache_dtype)
     need = (
