@@ -144,6 +144,14 @@ async def test_latencies_count_from_when_a_request_was_due(server: PlayedServer)
     assert any("event loop was" in warning for warning in run.health.warnings)
 
 
+async def test_prompts_that_take_long_to_make_are_made_in_passing(
+    server: PlayedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator_module, "PREPARE_S", 0.0)
+    await drive(server, closed(1), Extent(3, warmup_requests=0))
+    assert [ask.index for ask in server.asks] == [0, 1, 2]
+
+
 async def test_an_arrival_process_without_end_is_ended(server: PlayedServer) -> None:
     due_s = (number / 200 for number in itertools.count())
     run = await drive(

@@ -21,8 +21,8 @@ from minitron_client.bench.workload import Ask
 from minitron_client.errors import MinitronClientError
 from minitron_client.results import Completion
 
-PREPARED_ASKS = 2000
-"""Prompts made before the clock runs; those after them are made in passing."""
+PREPARED_ASKS, PREPARE_S = 2000, 1.0
+"""Prompts made before the clock runs, as many as the time allows; those after them are made in passing."""
 ERROR_PAUSE_S = 0.1
 """A closed loop's slot rests this long after a failure: a server that refuses at once is not hammered."""
 
@@ -92,7 +92,7 @@ class Generator:
         prepared = PREPARED_ASKS
         if extent.num_requests is not None:
             prepared = min(prepared, extent.num_requests + self.run.num_warmup)
-        self._asks = itertools.chain(list(itertools.islice(asks, prepared)), asks)
+        self._asks = itertools.chain(_prepared(asks, prepared), asks)
 
     async def drive(self) -> PointRun:
         """Until the extent is reached and every request that was started has ended.
@@ -222,6 +222,14 @@ class Generator:
             sum(time_s >= run.start_s for time_s in record.chunk_times) for record in run.records
         )
         run.health = self._watch.health(num_chunks, [record.send_delay_s for record in run.measured])
+
+
+def _prepared(asks: Iterator[Ask], count: int) -> list[Ask]:
+    found: list[Ask] = []
+    until_s = time.perf_counter() + PREPARE_S
+    while len(found) < count and time.perf_counter() < until_s:
+        found.append(next(asks))
+    return found
 
 
 def _note_end(record: RequestRecord, completion: Completion) -> None:
