@@ -72,6 +72,8 @@ def test_wheel_carries_everything(tmp_path: Path) -> None:
         "minitron_build/runtime/reference_engine/__init__.py",
         "minitron_build/_model_repo/ensemble/config.pbtxt",
         "minitron_build/demo_model/checkpoint/model.safetensors",
+        "minitron_build/verify/held_out/prose.txt",
+        "minitron_build/verify/report.html.j2",
         "minitron_client/__init__.py",
         "minitron_client/openai/page/page.js",
     ):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from minitron_build.errors import RefusedError
 from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, EvalSet, read_eval_set
 from minitron_build.verify.golden_prompts import (
-    CONTINUATION_TOKENS,
     PROMPTS,
     compare_golden,
+    continuation_tokens,
     greedy_continuations,
 )
 from minitron_build.verify.models import Arithmetic, open_models
@@ -144,7 +144,8 @@ class Verification:
         started_s = time.monotonic()
         models, eval_ids = self.models, self.eval_set.sequences
         prompts = self._golden_prompts()
-        continuations = greedy_continuations(models.source, prompts, CONTINUATION_TOKENS, self.progress)
+        num_tokens = continuation_tokens(models.num_parameters)
+        continuations = greedy_continuations(models.source, prompts, num_tokens, self.progress)
         golden = tuple(prompt + ids for prompt, ids in zip(prompts, continuations, strict=True))
         long = () if LONG in self.request.skipped else (self._long_prompt(),)
         shared, repeated = (*eval_ids, *golden, *long), self._repeated()

@@ -27,6 +27,14 @@ PROMPTS = (
     "| city | country |\n|---|---|\n| Oslo | Norway |\n| Lima |",
 )
 CONTINUATION_TOKENS = 16
+CONTINUATION_TOKENS_LARGE = 8
+"""Each token takes a pass of all weights: half as many where they are gigabytes."""
+LARGE_PARAMETERS = 1_000_000_000
+
+
+def continuation_tokens(num_parameters: int) -> int:
+    """How far the golden prompts are continued."""
+    return CONTINUATION_TOKENS if num_parameters < LARGE_PARAMETERS else CONTINUATION_TOKENS_LARGE
 
 
 @dataclass(frozen=True, slots=True)

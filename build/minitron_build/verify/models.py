@@ -49,6 +49,7 @@ class ModelPair:
     kind: str
     bos_token_id: int | None
     max_positions: int
+    num_parameters: int
 
 
 def open_models(
@@ -83,9 +84,11 @@ def open_models(
         )
     except UnsupportedCheckpointError as error:
         raise CheckpointError(str(error)) from None
-    bos_token_id = ModelConfig.read(source_dir).bos_token_id
+    config = ModelConfig.read(source_dir)
     kind = _kind(source.config, candidate.config)
-    return ModelPair(source_runner, candidate_runner, kind, bos_token_id, max_positions)
+    return ModelPair(
+        source_runner, candidate_runner, kind, config.bos_token_id, max_positions, config.num_parameters
+    )
 
 
 def open_reference(model_dir: Path, *, max_tokens: int, arithmetic: Arithmetic) -> Runner:

@@ -91,8 +91,7 @@ def run_side_by_side(
         errors.append(_layer_error(before, source_hidden[:num_local], candidate_hidden[:num_local], given))
         _check_finite(index, source_hidden)
     progress("layers", source.num_layers, source.num_layers)
-    heads = source.output_head(), candidate.output_head()
-    return SideBySide(source_hidden, candidate_hidden, tuple(errors), heads)
+    return SideBySide(source_hidden, candidate_hidden, tuple(errors), _heads(source, candidate))
 
 
 def compare_tokens(passed: SideBySide, index: int, ids: Ids) -> Iterator[TokenComparison]:
@@ -103,6 +102,20 @@ def compare_tokens(passed: SideBySide, index: int, ids: Ids) -> Iterator[TokenCo
         end = min(start + LOGIT_ROWS, len(ids) - 1)
         next_ids = torch.tensor(ids[start + 1 : end + 1])
         yield compare_rows(*passed.logits(index, start, end), next_ids, start)
+
+
+def _heads(source: Runner, candidate: Runner) -> tuple[OutputHead, OutputHead]:
+    """Both output heads; one stands for both where they are equal, as after every conversion of ours."""
+    import torch
+
+    pairs = [
+        (source.source.final_norm(), candidate.source.final_norm()),
+        (source.source.lm_head().weight, candidate.source.lm_head().weight),
+    ]
+    is_same = all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
+    is_same &= source.source.config.norm_epsilon == candidate.source.config.norm_epsilon
+    head = source.output_head()
+    return head, head if is_same else candidate.output_head()
 
 
 def _num_local(sequences: Sequence[Ids]) -> int:
