@@ -331,6 +331,12 @@ def test_a_trace_is_asked_over_and_over() -> None:
     assert len(set(WORDS)) == len(WORDS)
 
 
+def test_a_trace_with_a_prompt_that_cannot_be_is_refused_before_it_is_played() -> None:
+    rows = (TraceRow(7, prompt="a"), TraceRow(9, input_tokens=1))
+    with pytest.raises(BenchError, match="--trace request 2: a prompt of 1 tokens is not possible"):
+        TraceWorkload(rows, guessed_costs(), 0)
+
+
 def test_refusals_show_no_status() -> None:
     assert str(BenchError("one  line")) == "one line"
     assert not isinstance(BenchError("x"), InvalidValueError)

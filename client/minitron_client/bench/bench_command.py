@@ -191,11 +191,16 @@ def _measure(args: argparse.Namespace) -> int:
     _write_files(result, sweep.request_rows, args)
     from minitron_client.bench.table import result_table
 
+    document = result.document()
     print(result_table(result))
-    for word, lines in (("note", result.notes), ("warning", result.warnings)):
+    for word, lines in (
+        ("load", document["loops"].values()),
+        ("note", result.notes),
+        ("warning", result.warnings),
+    ):
         for line in lines:
             print(f"{word}: {line}")
-    print(json.dumps(result.document()), flush=True)
+    print(json.dumps(document), flush=True)
     if is_interrupted:
         print("minitron: interrupted; what was measured until then is marked partial", file=sys.stderr)
         return EXIT_INTERRUPTED

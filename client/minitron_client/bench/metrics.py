@@ -77,7 +77,8 @@ METRICS: dict[str, Metric] = {
 
 DUE = {
     "closed": "A closed loop: a request is due when its slot is free, so a slow server is asked less often. "
-    "Read its latencies as those of so many patient users, not of a given traffic.",
+    "Read its latencies as those of so many patient users, not of a given traffic. When the time is over, "
+    "the last requests run with fewer beside them.",
     "open": "An open loop: requests are due by the arrival process, whatever the server does, and latencies "
     "count from when a request was due, not from when it was sent (no coordinated omission).",
     "trace": "A trace: requests are due at the trace's timestamps, whatever the server does, and latencies "

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from minitron_client.bench.load import LoadPoint
 from minitron_client.bench.measure import Distribution, Estimate, Measurement
-from minitron_client.bench.metrics import DISTRIBUTION_FIELDS, HEADLINES, METRICS
+from minitron_client.bench.metrics import DISTRIBUTION_FIELDS, DUE, HEADLINES, METRICS
 from minitron_client.bench.refusal import BenchError
 from minitron_client.bench.watch import GeneratorHealth
 
@@ -111,7 +111,8 @@ class BenchResult:
         found: dict[str, Any] = dataclasses.asdict(self)
         for entry, point in zip(found["points"], self.points, strict=True):
             entry["estimates"] = estimates(point)
-        return found | {"warnings": list(self.warnings)}
+        loops = dict.fromkeys(point.point.loop for point in self.points)
+        return found | {"loops": {loop: DUE[loop] for loop in loops}, "warnings": list(self.warnings)}
 
 
 def estimates(point: PointResult) -> dict[str, dict[str, Any]]:

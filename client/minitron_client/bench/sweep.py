@@ -131,6 +131,13 @@ class Sweep:
         Raises:
             MinitronClientError: no server, no such model, or it refuses the workload.
         """
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            self._is_partial = True
+            raise
+
+    async def _run(self) -> None:
         model = await self._check_server()
         self._is_exact = self._settings.is_exact_output and "min_tokens" in model.inputs
         if self._settings.is_exact_output and not self._is_exact:
@@ -162,14 +169,10 @@ class Sweep:
 
     async def _check_server(self) -> ModelMetadata:
         health = await self._client.health()
-        model = self._client.model
         if not health.live:
             raise BenchError(
                 f"no server at {self._client.url}: {health.reason}; start one with minitron serve"
             )
-        if health.models and model not in health.models:
-            served = ", ".join(sorted(health.models))
-            raise NotFoundError(f"{self._client.url} has no model {model}; it has {served}; give --model")
         return await self._client.metadata()
 
     async def _workload(self) -> Workload:
@@ -226,9 +229,6 @@ class Sweep:
         self._on_progress(dataclasses.replace(progress, generator=generator))
         try:
             await generator.drive()
-        except asyncio.CancelledError:
-            self._is_partial = True
-            raise
         finally:
             if generator.run.measured:
                 measurement = measure(generator.run, self._settings.slos)

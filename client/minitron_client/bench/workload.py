@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from minitron_client.bench.lengths import Lengths
 from minitron_client.bench.prompts import WordCosts
+from minitron_client.bench.refusal import BenchError
 from minitron_client.bench.trace import TraceRow
 
 _LENGTHS, _WORDS, ARRIVAL_STREAM = 0, 1, 2
@@ -69,6 +70,14 @@ class TraceWorkload:
     rows: tuple[TraceRow, ...]
     costs: WordCosts
     seed: int
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows, 1):
+            if row.input_tokens is not None and row.input_tokens < self.costs.first:
+                raise BenchError(
+                    f"--trace request {number}: a prompt of {row.input_tokens} tokens is not possible, the "
+                    f"shortest has {self.costs.first}"
+                )
 
     def asks(self, run: tuple[int, int]) -> Iterator[Ask]:
         """Requests without end; `run` is (load point, repeat)."""
