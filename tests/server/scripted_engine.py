@@ -45,7 +45,8 @@ class TritonPythonModel:
                 self.stop(request_id)
                 respond(sender, [], "stopped")
             else:
-                self.begin(request_id, inputs, lambda ids, end, sender=sender: respond(sender, ids, end))
+                key = request_id or object()  # ids may be missing, and then cannot be told apart
+                self.begin(key, inputs, lambda ids, end, sender=sender: respond(sender, ids, end))
 
     def on_message(self, connection: LinkConnection, message: Any) -> None:
         verb, number, *rest = message
@@ -72,8 +73,8 @@ class TritonPythonModel:
         script = self.scripts[seed % len(self.scripts)]
         tail = () if script["then"] is None else repeat(script["then"])
         ids = list(islice(chain(script["ids"], tail), num_tokens))
-        if not inputs["streaming"].item():
-            send(ids, "length")
+        if not inputs.get("streaming", np.zeros(1)).any():
+            send(ids, "error" if min(ids) < 0 else "length")
             sent = len(ids)
         else:
             sent = self.stream(self.stopped[key], ids, send)

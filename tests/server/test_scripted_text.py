@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ BOS, EOS, RESERVED = (
 )
 ENGINE_FILE = Path(__file__).with_name("scripted_engine.py")
 MODELS = ("tensorrt_llm_bls", "ensemble")
+THROUGH_TRITON = "tensorrt_llm_bls_through_triton"
+"""The text model without the link, as it asks TensorRT-LLM's backend."""
 VERBATIM = "tensorrt_llm_bls_verbatim"
 """The text model with skip_special_tokens off."""
 MAX_TOKENS = 600
@@ -110,8 +113,32 @@ STOPS = {
 }
 
 
-SCRIPTS = {**TEXTS, **{name: case.ids for name, case in STOPS.items()}}
-"""Both tables as the engine knows them, by place."""
+def _random_ids(seed: int) -> list[int]:
+    """Ids of every kind: whole tokens, single bytes, special tokens, pieces of emoji and of CJK."""
+    draw = random.Random(seed)
+    ids: list[int] = []
+    for _ in range(draw.randint(1, 30)):
+        text = "".join(draw.choices("aé汉👩‍👧 \n\t'.,<|", k=draw.randint(1, 4)))
+        kinds = (
+            lambda: [draw.randrange(TOKENIZER.get_vocab_size())],
+            lambda: [BYTE_IDS[draw.randrange(256)]],
+            lambda: draw.choice((BOS, RESERVED)),
+            lambda text=text: encoded(text),
+            lambda text=text: cut(text)[: draw.randint(1, 5)],
+        )
+        ids += draw.choice(kinds)()
+    return [token_id for token_id in ids if token_id != EOS[0]] or RESERVED
+
+
+RANDOM = {f"random {seed}": _random_ids(seed) for seed in range(24)}
+FAILING = "fails in the middle"
+SCRIPTS = {
+    **TEXTS,
+    **RANDOM,
+    **{name: case.ids for name, case in STOPS.items()},
+    FAILING: [*encoded("so far"), -1],
+}
+"""All tables as the engine knows them, by place."""
 
 
 def script(name: str) -> dict[str, Any]:
@@ -177,6 +204,7 @@ def served(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Ite
     shutil.copyfile(ENGINE_FILE, engine_dir / "model.py")
     (engine_dir / "scripts.json").write_text(json.dumps([script(name) for name in SCRIPTS]))
     add_variant(repo, "tensorrt_llm_bls", VERBATIM, skip_special_tokens="false")
+    add_variant(repo, "tensorrt_llm_bls", THROUGH_TRITON, engine_link="false", max_engine_silence_s="1")
     with serving(repo) as server:
         yield Served(server, engine_dir / "ended.jsonl")
 
@@ -214,13 +242,66 @@ async def test_special_tokens_are_spelled_out_where_they_are_not_skipped(served:
 
 async def test_all_scripts_at_once_keep_apart(served: Served) -> None:
     channel = Channel(served.server.grpc_url)
-    asked = [(model, name) for name in TEXTS for model in MODELS]
+    asked = [(model, name) for name in TEXTS for model in (*MODELS, THROUGH_TRITON)]
     answers = await asyncio.gather(
         *(channel.ask(model, **served.request(name, stream=True)) for model, name in asked)
     )
     await channel.close()
     for (_, name), answer in zip(asked, answers, strict=True):
         check_chunks({name: chunks(answer)}, whole(TEXTS[name]))
+
+
+async def token_path(served: Served, channel: Channel, name: str, *, stream: bool) -> str:
+    """What a client with a tokenizer of its own makes of the ids that the engine model gives it."""
+    request = served.request(name)
+    answers = await channel.ask(
+        "tensorrt_llm",
+        input_ids=[encoded(PROMPT)],
+        input_lengths=len(encoded(PROMPT)),
+        request_output_len=MAX_TOKENS,
+        seed=request["seed"],
+        streaming=stream,
+    )
+    return whole([token_id for answer in answers for token_id in answer["output_ids"].reshape(-1).tolist()])
+
+
+async def test_random_ids_give_one_text_on_every_path(served: Served) -> None:
+    channel = Channel(served.server.grpc_url)
+
+    async def texts_of(name: str) -> set[str]:
+        texts = [await token_path(served, channel, name, stream=stream) for stream in (True, False)]
+        for model in (*MODELS, THROUGH_TRITON):
+            for more in ({}, {"stop_words": "\x00never"}):
+                for stream in (True, False):
+                    answers = await channel.ask(model, **served.request(name, stream=stream, **more))
+                    texts.append("".join(chunks(answers)))
+        return set(texts)
+
+    found = await asyncio.gather(*map(texts_of, RANDOM))
+    await channel.close()
+    assert found == [{whole(ids)} for ids in RANDOM.values()]
+
+
+@pytest.mark.parametrize("model", MODELS)
+async def test_a_request_that_fails_in_the_engine_fails_alone(served: Served, model: str) -> None:
+    channel = Channel(served.server.grpc_url)
+    good = [channel.ask(model, **served.request(name, stream=True)) for name in list(TEXTS)[:8]]
+    bad = [channel.ask(model, **served.request(FAILING, stream=stream)) for stream in (True, False)]
+    results = await asyncio.gather(*good, *bad, return_exceptions=True)
+    await channel.close()
+    for name, answer in zip(TEXTS, results[:8], strict=False):
+        check_chunks({name: chunks(answer)}, whole(TEXTS[name]))
+    assert [str(error) for error in results[8:]] == ["INTERNAL: the script says so"] * 2
+
+
+async def test_an_error_that_triton_loses_ends_the_request_after_the_silence(served: Served) -> None:
+    channel = Channel(served.server.grpc_url)
+    good = channel.ask(THROUGH_TRITON, **served.request("spaces", stream=True))
+    lost = channel.ask(THROUGH_TRITON, **served.request(FAILING, stream=True))
+    answer, error = await asyncio.gather(good, lost, return_exceptions=True)
+    await channel.close()
+    check_chunks({THROUGH_TRITON: chunks(answer)}, whole(TEXTS["spaces"]))
+    assert str(error) == "UNAVAILABLE: model tensorrt_llm has sent nothing for 1 s"
 
 
 async def test_ids_are_those_of_the_text_beside_them(served: Served) -> None:
@@ -237,7 +318,7 @@ async def test_ids_are_those_of_the_text_beside_them(served: Served) -> None:
 # --- stop words
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["ensemble", THROUGH_TRITON])
 @pytest.mark.parametrize("name", STOPS)
 async def test_text_ends_with_the_stop_word_and_the_engine_is_told(
     served: Served, model: str, name: str

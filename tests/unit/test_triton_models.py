@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minitron_build.repository import pbtxt
 from minitron_build.runtime.engine_step import EngineStep
@@ -253,6 +255,9 @@ def test_an_end_id_of_the_request_replaces_the_models_and_a_negative_one_ends_no
     assert "end_id" not in sequence.engine_inputs
 
 
+HERE_TOKENIZER = TextTokenizer(ROOT / "tests" / "golden" / "data" / "tiny_minitron")
+
+
 def generation(tokenizer: TextTokenizer, **changes: Any) -> TextGeneration:
     fields: dict[str, Any] = {
         "batch_index": 0,
@@ -299,6 +304,34 @@ def test_what_follows_the_end_is_cut_off_text_ids_and_log_probs_alike(tiny_minit
     assert taken["cum_log_probs"].item() == -len(kept)
     assert taken["num_output_tokens"].item() == len(kept)
     assert taken["finish_reason"].item() == b"stop"
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), ids=st.lists(st.integers(0, 511), min_size=1, max_size=40), wants_word=st.booleans())
+def test_any_ids_in_any_steps_give_the_text_of_one_step(
+    data: st.DataObject, ids: list[int], wants_word: bool
+) -> None:
+    whole = HERE_TOKENIZER.decode([one for one in ids if one != 509], skip_special_tokens=True)
+    words = (whole[len(whole) // 2 :][:3],) if wants_word and whole else ()
+    stream, unary = (generation(HERE_TOKENIZER, stop_words=words) for _ in range(2))
+    unary.feed(EngineStep(ids, finish_reason="length"))
+    place, pieces, told = 0, [], []
+    while place < len(ids):
+        size = data.draw(st.integers(1, len(ids) - place))
+        place += size
+        stream.feed(
+            EngineStep(ids[place - size : place], finish_reason=None if place < len(ids) else "length")
+        )
+        if (taken := stream.take()) is not None:
+            pieces.append(taken["text_output"].item())
+            told += taken["output_ids"].reshape(-1).tolist()
+    at_once = unary.take()
+    assert at_once is not None
+    assert b"".join(pieces) == at_once["text_output"].item()
+    assert told == at_once["output_ids"].reshape(-1).tolist()
+    assert stream.finish_reason == unary.finish_reason
+    for piece in pieces:
+        piece.decode()  # never half a character
 
 
 @pytest.mark.parametrize(

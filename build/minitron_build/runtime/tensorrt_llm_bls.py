@@ -364,7 +364,7 @@ def _route(parameters: Parameters, max_streams: int) -> EngineRoute:
     model_name = parameters.text("tensorrt_llm_model_name")
     if parameters.flag("engine_link"):
         return LinkRoute(model_name)
-    return TritonRoute(model_name, max_streams)
+    return TritonRoute(model_name, max_streams, parameters.number("max_engine_silence_s"))
 
 
 def _was_stopped(call: _Call) -> bool:

@@ -19,7 +19,7 @@ from . import tensors
 from .engine_route import Steps
 from .engine_step import EngineStep
 from .inputs import Array
-from .status import INTERNAL, StatusError
+from .status import INTERNAL, UNAVAILABLE, StatusError
 
 STOP_THREADS = 4
 STOP_AGAIN_S = 0.25
@@ -35,15 +35,18 @@ class TritonRoute:
         model_name: the engine model.
         max_streams: sequences that may be open at once: each takes a thread, because Triton's iterator over
             responses blocks.
+        max_silence_s: how long a sequence that has begun may go without a response. Triton loses an error
+            that follows a response, and its iterator then waits for ever.
     """
 
-    def __init__(self, model_name: str, max_streams: int) -> None:
-        self._model_name = model_name
+    def __init__(self, model_name: str, max_streams: int, max_silence_s: float) -> None:
+        self._model_name, self._max_silence_s = model_name, max_silence_s
         self._steps: queue.SimpleQueue[tuple[int, EngineStep] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         # Never the client's ids: they may repeat, and a stop would then end a stranger's request.
         self._ids: dict[int, str] = {}
         self._stop_again_s: dict[int, float] = {}
+        self._silent_since_s: dict[int, float] = {}
         self._stream_threads = ThreadPoolExecutor(max(1, max_streams), "stream")
         self._stop_threads = ThreadPoolExecutor(STOP_THREADS, "stop")
 
@@ -65,7 +68,8 @@ class TritonRoute:
     def take(self, timeout_s: float | None) -> Steps:
         """Wait for steps; everything that has come is taken at once."""
         self._repeat_stops()
-        if self._stop_again_s:
+        self._give_up_silent()
+        if self._ids:
             timeout_s = STOP_AGAIN_S if timeout_s is None else min(timeout_s, STOP_AGAIN_S)
         steps: Steps = []
         try:
@@ -97,6 +101,24 @@ class TritonRoute:
         for engine_id in ids:
             self._stop_threads.submit(self._ask_stop, engine_id)
 
+    def _give_up_silent(self) -> None:
+        now_s = time.monotonic()
+        with self._lock:
+            for number, since_s in list(self._silent_since_s.items()):
+                if now_s - since_s > self._max_silence_s:
+                    sentence = f"model {self._model_name} has sent nothing for {self._max_silence_s:g} s"
+                    self._end(number, StatusError(UNAVAILABLE, sentence))
+
+    def _end(self, number: int, error: StatusError | None) -> None:
+        """Put the last step of a sequence, once; with the lock held."""
+        self._silent_since_s.pop(number, None)
+        if self._ids.pop(number, None) is None:
+            return
+        was_stopped = self._stop_again_s.pop(number, None) is not None
+        # The backend does not say why it ended; an end id has been seen among the tokens.
+        reason = None if error else "cancelled" if was_stopped else "length"
+        self._steps.put((number, EngineStep(finish_reason=reason, error=error)))
+
     # --- threads
 
     def _follow(self, number: int, engine_id: str, arrays: Mapping[str, Array], outputs: list[str]) -> None:
@@ -106,15 +128,12 @@ class TritonRoute:
             for answer in tensors.ask_model(self._model_name, arrays, request_id=engine_id, outputs=outputs):
                 step = _step(tensors.read_response(answer))
                 if step is not None:
+                    self._silent_since_s[number] = time.monotonic()
                     self._steps.put((number, step))
         except Exception as caught:
             error = tensors.as_status(caught, self._model_name)
         with self._lock:
-            del self._ids[number]
-            was_stopped = self._stop_again_s.pop(number, None) is not None
-        # The backend does not say why it ended; an end id has been seen among the tokens.
-        reason = None if error else "cancelled" if was_stopped else "length"
-        self._steps.put((number, EngineStep(finish_reason=reason, error=error)))
+            self._end(number, error)
 
     def _ask_stop(self, engine_id: str) -> None:
         one = np.array([[1]], dtype=np.int32)
