@@ -205,7 +205,8 @@ def served(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (engine_dir / "scripts.json").write_text(json.dumps([script(name) for name in SCRIPTS]))
     add_variant(repo, "tensorrt_llm_bls", VERBATIM, skip_special_tokens="false")
     add_variant(repo, "tensorrt_llm_bls", THROUGH_TRITON, engine_link="false", max_engine_silence_s="1")
-    with serving(repo) as server:
+    # The request whose error Triton loses stays open in the server, which waits for it as long as it is let.
+    with serving(repo, drain_timeout_s=3) as server:
         yield Served(server, engine_dir / "ended.jsonl")
 
 
