@@ -89,6 +89,15 @@ def test_what_the_server_does_not_offer_is_said(fake: FakeTriton, capsys: pytest
     assert "min_tokens" not in [item.name for item in sent.inputs]
 
 
+def test_retries_are_off_unless_asked_for_and_then_said(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.script = answers(GOOD, REFUSED)
+    _, document, _, _ = run(fake, capsys, f"{FLAGS} --max-retries 1 --repeats 2")
+    assert "failures were tried again, up to 1 times, before they counted" in document["notes"]
+    assert all(repeat["num_ok"] == 8 for repeat in document["points"][0]["repeats"])
+
+
 def test_a_refused_probe_is_one_line(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> None:
     fake.script = answers((failure("INVALID_ARGUMENT: the prompt is too long"),))
     assert main(["bench", "--url", fake.url, *FLAGS.split()]) == 1

@@ -20,6 +20,7 @@ from minitron_client.bench.load import Extent, LoadPoint, closed_points, open_po
 from minitron_client.bench.refusal import BenchError
 from minitron_client.bench.slo import SLO_METRICS, parse_slos
 from minitron_client.bench.trace import TraceRow, read_trace
+from minitron_client.connection_flags import add_connection_flags
 
 if TYPE_CHECKING:
     from minitron_client.bench.result import BenchResult
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_PROMPT_TOKENS, DEFAULT_OUTPUT_TOKENS, DEFAULT_DURATION_S = "128", "64", 10.0
-DEFAULT_MODEL, DEFAULT_TIMEOUT_S = "tensorrt_llm_bls", 60.0
 FILE_FLAGS = ("json", "csv", "requests_csv", "html")
 _MEASURING_FLAGS = tuple(
     ["url", "concurrency", "request_rate", "arrival", "trace", "num_requests", "duration_s", "requests_csv"]
@@ -36,10 +36,8 @@ _MEASURING_FLAGS = tuple(
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minitron bench`."""
-    parser.add_argument(
-        "--url", metavar="HOST:PORT", help="gRPC address (default $MINITRON_URL or 127.0.0.1:8001)"
-    )
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="text model (default %(default)s)")
+    add_connection_flags(parser)
+    parser.set_defaults(max_retries=0)  # a retry would hide a failure, and its wait
     _add_load(
         parser.add_argument_group("load", "one of --concurrency, --request-rate, or a trace with timestamps")
     )
@@ -67,10 +65,6 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--repeats", type=int, default=1, metavar="N",
         help="runs of every load point, in turns; 3 or more give noise bounds (default %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--timeout-s", type=float, default=DEFAULT_TIMEOUT_S, metavar="S",
-        help="deadline of a request (default %(default)s)",
     )  # fmt: skip
 
 
@@ -166,12 +160,18 @@ def _compare(args: argparse.Namespace) -> int:
     if args.html:
         from minitron_client.bench.report import write_report
 
-        write_report(args.html, [before, after], [str(path) for path in args.compare], ratios)
+        write_report(args.html, [before, after], _names(args.compare), ratios)
     if args.json:
         write_text(args.json, json.dumps(document, indent=1) + "\n")
     print(comparison_table(ratios))
     print(json.dumps(document))
     return EXIT_DONE
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """Short names where they tell the files apart."""
+    short = [path.name for path in paths]
+    return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
 def _draw(args: argparse.Namespace) -> int:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 TEMPLATE_PATH = Path(__file__).with_name("report.html.j2")
 LOAD_LABELS = {
-    "closed": "concurrency (requests in flight)",
-    "open": "request rate (arrivals/s)",
-    "trace": "trace (mean arrivals/s)",
+    "closed": "requests in flight",
+    "open": "arrivals/s",
+    "trace": "mean arrivals/s of the trace",
 }
 
 
@@ -251,10 +251,13 @@ def _draw(axes: Axes, chart: Chart, result: BenchResult, name: str, color: str) 
 def _label(axes: Axes, chart: Chart, results: Sequence[BenchResult]) -> None:
     loops = sorted({point.point.loop for result in results for point in result.points})
     level = " / ".join(LOAD_LABELS[loop] for loop in loops)
-    axes.set_xlabel(f"{headline_label(*chart.x)}   (numbers: {level})" if chart.x else level)
+    axes.set_xlabel(f"{headline_label(*chart.x)}   [numbers: {level}]" if chart.x else level)
     axes.set_title(chart.title)
     axes.set_ylabel("ms" if METRICS[chart.curves[0].name].unit == "s" else METRICS[chart.curves[0].name].unit)
-    axes.set_ylim(bottom=0)
+    series = [_series(result, chart.x, curve) for result in results for curve in chart.curves]
+    highest = max(place.y for places in series for place in places)
+    # bounds of few repeats may be far wider than the curves
+    axes.set_ylim(0, min(axes.get_ylim()[1], 2 * highest) or None)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

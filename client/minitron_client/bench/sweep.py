@@ -142,6 +142,9 @@ class Sweep:
         self._is_exact = self._settings.is_exact_output and "min_tokens" in model.inputs
         if self._settings.is_exact_output and not self._is_exact:
             self._notes.append("the model takes no min_tokens: answers may end before their length")
+        max_retries = self._client.settings.max_retries
+        if max_retries:
+            self._notes.append(f"failures were tried again, up to {max_retries} times, before they counted")
         workload = await self._workload()
         await self._probe(next(workload.asks((0, 0))))
         total, number = len(self._settings.points) * self._settings.repeats, 0

@@ -64,7 +64,7 @@ class GeneratorHealth:
         if self.lag_p99_s > MAX_LAG_S:
             found.append(
                 f"the generator's event loop was {1000 * self.lag_p99_s:.1f} ms late (p99): latencies are "
-                "too high by up to that"
+                f"too high by up to that (machine load {self.machine_load:.1f} on {self.machine_cores} cores)"
             )
         if self.send_delay_p99_s > MAX_SEND_DELAY_S:
             found.append(
