@@ -20,7 +20,7 @@ from minitron_client.bench.load import Extent, LoadPoint, closed_points, open_po
 from minitron_client.bench.refusal import BenchError
 from minitron_client.bench.slo import SLO_METRICS, parse_slos
 from minitron_client.bench.trace import TraceRow, read_trace
-from minitron_client.connection_flags import add_connection_flags
+from minitron_client.connection_flags import add_connection_flags, client_options
 
 if TYPE_CHECKING:
     from minitron_client.bench.result import BenchResult
@@ -225,7 +225,7 @@ async def _run_sweep(args: argparse.Namespace, settings: BenchSettings) -> tuple
 
     loop = asyncio.get_running_loop()
     async with (
-        AsyncMinitronClient(args.url, model=args.model, timeout_s=args.timeout_s, max_retries=0) as client,
+        AsyncMinitronClient(**client_options(args)) as client,
         showing_progress() as on_progress,
     ):
         sweep = Sweep(client, settings, on_progress)
