@@ -17,10 +17,10 @@ from typing import Any
 
 import openai
 import pytest
-from door_process import door_process
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from door_process import door_process
 from minitron_build.serving.triton_server import TritonServer
 from minitron_client import MinitronClient
 
@@ -36,8 +36,8 @@ TRITON_LINE = re.compile(r"^minitron_requests_total\{(?P<labels>[^}]*)\} (?P<val
 
 @pytest.fixture(scope="module")
 def url(running_server: TritonServer, tiny_minitron: Path) -> Iterator[str]:
-    with door_process(running_server.grpc_url, "--tokenizer-dir", str(tiny_minitron)) as address:
-        yield address
+    with door_process(running_server.grpc_url, "--tokenizer-dir", str(tiny_minitron)) as door:
+        yield door.url
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,8 @@ def test_a_model_with_a_template_chats(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ids = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TALK, add_generation_prompt=True)
     with (
-        door_process(running_server.grpc_url, "--tokenizer-dir", str(tmp_path)) as url,
-        openai.OpenAI(base_url=url, api_key="none", max_retries=0) as sdk,
+        door_process(running_server.grpc_url, "--tokenizer-dir", str(tmp_path)) as door,
+        openai.OpenAI(base_url=door.url, api_key="none", max_retries=0) as sdk,
     ):
         ask: Any = {"model": MODEL, "messages": TALK, "max_tokens": 12, "temperature": 0, "logprobs": True}
         whole = sdk.chat.completions.create(**ask)

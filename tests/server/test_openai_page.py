@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from door_process import door_process
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from door_process import door_process
 from minitron_build.serving.triton_server import TritonServer
 from minitron_client import MinitronClient
 
@@ -39,8 +39,8 @@ def browser() -> Iterator[Browser]:
 def url(running_server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keys = tmp_path_factory.mktemp("door") / "keys"
     keys.write_text(KEY)
-    with door_process(running_server.grpc_url, "--api-key-file", str(keys)) as address:
-        yield address.removesuffix("v1")
+    with door_process(running_server.grpc_url, "--api-key-file", str(keys)) as door:
+        yield door.url.removesuffix("v1")
 
 
 @pytest.fixture

@@ -305,6 +305,15 @@ async def test_open_answers_are_finished_while_draining(door: OpenDoor) -> None:
     assert door.client.cancelled == []
 
 
+async def test_the_first_text_does_not_wait_for_the_headers(door: OpenDoor) -> None:
+    """Nagle's algorithm is off: it would hold the first text back for 40 ms."""
+    await door.http.get(f"{door.url}/health")
+    (connection,) = door.server.server_state.connections
+    assert connection.transport is not None
+    accepted = connection.transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 # --- operators
 
 

@@ -151,20 +151,20 @@ class Door:
 
     async def _whole(self, reply: Reply, generation: Generation) -> dict[str, object]:
         pieces: dict[int, Piece] = {}
-        async for job, part in generation.events(is_streaming=False):
-            if isinstance(part, Completion):
-                pieces[job.index] = reply.texts[job.index].end(part)
+        async for came in generation.events(is_streaming=False):
+            for job, part in came:
+                if isinstance(part, Completion):
+                    pieces[job.index] = reply.texts[job.index].end(part)
         self.metrics.count_tokens(reply.usage())
         return reply.whole([pieces[index] for index in sorted(pieces)])
 
     async def _events(self, reply: Reply, generation: Generation) -> AsyncGenerator[bytes, None]:
         watch = _Watch()
-        async for job, part in generation.events(is_streaming=True):
-            text = reply.texts[job.index]
-            piece = text.end(part) if isinstance(part, Completion) else text.add(part)
-            if piece is not None:
-                watch.see(piece)
-                yield reply.chunk(piece)
+        async for came in generation.events(is_streaming=True):
+            pieces = [piece for job, part in came if (piece := reply.piece(job, part)) is not None]
+            if pieces:
+                watch.see(pieces)
+                yield b"".join(reply.chunk(piece) for piece in pieces)
         usage = reply.usage()
         self._measure(watch, usage)
         if reply.fields.includes_usage and usage is not None:
@@ -188,9 +188,9 @@ class _Watch:
         self.started_s = time.monotonic()
         self.first_s: float | None = None
 
-    def see(self, piece: Piece) -> None:
-        """Take a piece."""
-        if self.first_s is None and piece.text:
+    def see(self, pieces: list[Piece]) -> None:
+        """Take what is sent now."""
+        if self.first_s is None and any(piece.text for piece in pieces):
             self.first_s = time.monotonic()
 
 

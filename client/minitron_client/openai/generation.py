@@ -125,8 +125,10 @@ class Generation:
         self._events: asyncio.Queue[Event | MinitronClientError] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def events(self, *, is_streaming: bool) -> AsyncIterator[Event]:
-        """Pieces of all choices as they come, each choice's `Completion` last; without streaming only those.
+    async def events(self, *, is_streaming: bool) -> AsyncIterator[list[Event]]:
+        """All that has come since the last time, as it comes; without streaming only `Completion`s.
+
+        Pieces of each choice are in order, its `Completion` is its last.
 
         Raises:
             ApiError: a choice failed; the others are cancelled.
@@ -136,13 +138,25 @@ class Generation:
         num_open = len(self._jobs)
         try:
             while num_open:
-                event = await self._events.get()
-                if isinstance(event, MinitronClientError):
-                    raise api_error(event)
-                num_open -= isinstance(event[1], Completion)
-                yield event
+                came, failure = await self._next()
+                num_open -= sum(isinstance(part, Completion) for _, part in came)
+                if came:
+                    yield came
+                if failure is not None:
+                    raise api_error(failure)
         finally:
             self.cancel()
+
+    async def _next(self) -> tuple[list[Event], MinitronClientError | None]:
+        """At least one event or the failure; what is there already comes along, to be sent in one go."""
+        came: list[Event] = []
+        item = await self._events.get()
+        while not isinstance(item, MinitronClientError):
+            came.append(item)
+            if self._events.empty():
+                return came, None
+            item = self._events.get_nowait()
+        return came, item
 
     def cancel(self) -> None:
         """Let what still runs be cancelled on the server; returns at once."""

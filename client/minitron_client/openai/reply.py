@@ -17,6 +17,7 @@ from minitron_client.openai.fields import Prompt, SamplingFields
 from minitron_client.openai.generation import Job
 from minitron_client.openai.sampling import sampling_params
 from minitron_client.openai.served_tokenizer import ServedTokenizer
+from minitron_client.results import Chunk, Completion
 
 DONE = b"data: [DONE]\n\n"
 
@@ -90,6 +91,11 @@ class Reply(ABC):
     @abstractmethod
     def whole_choice(self, piece: Piece) -> dict[str, Any]:
         """A whole text as a choice."""
+
+    def piece(self, job: Job, part: Chunk | Completion) -> Piece | None:
+        """What a part of one choice adds to its text; None where nothing of it can be shown yet."""
+        text = self.texts[job.index]
+        return text.end(part) if isinstance(part, Completion) else text.add(part)
 
     def chunk(self, piece: Piece) -> bytes:
         """The event of a piece."""
