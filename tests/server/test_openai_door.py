@@ -35,15 +35,10 @@ TRITON_LINE = re.compile(r"^minitron_requests_total\{(?P<labels>[^}]*)\} (?P<val
 
 
 @pytest.fixture(scope="module")
-def url(running_server: TritonServer, tiny_minitron: Path) -> Iterator[str]:
-    with door_process(running_server.grpc_url, "--tokenizer-dir", str(tiny_minitron)) as door:
+def url(running_server: TritonServer) -> Iterator[str]:
+    """A door that fetches the tokenizer from the server when it needs it."""
+    with door_process(running_server.grpc_url) as door:
         yield door.url
-
-
-@pytest.fixture(scope="module")
-def prompt_ids(tiny_minitron: Path) -> list[int]:
-    ids: list[int] = Tokenizer.from_file(str(tiny_minitron / "tokenizer.json")).encode(PROMPT).ids
-    return ids
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +51,18 @@ def sdk(url: str) -> Iterator[openai.OpenAI]:
 def grpc(running_server: TritonServer) -> Iterator[MinitronClient]:
     with MinitronClient(running_server.grpc_url) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(grpc: MinitronClient) -> list[int]:
+    return grpc.tokenize(PROMPT)
+
+
+def test_the_tokenizer_comes_with_its_files(grpc: MinitronClient, tiny_minitron: Path) -> None:
+    tokenizer = grpc.tokenizer()
+    assert tokenizer.files["tokenizer_config.json"] == (tiny_minitron / "tokenizer_config.json").read_text()
+    backend = Tokenizer.from_file(str(tiny_minitron / "tokenizer.json"))
+    assert tokenizer.encode(PROMPT) == backend.encode(PROMPT).ids
 
 
 def test_greedy_is_the_grpc_clients_text(
