@@ -75,6 +75,13 @@ class TestFlags:
         flags = _server_flags(ServerOptions(Path("r"), host="10.0.0.7", security=security), Path("r"), "p_")
         assert {"--grpc-address=10.0.0.7", "--http-address=127.0.0.1"} <= set(flags)
 
+        flags = _server_flags(
+            ServerOptions(Path("r"), host="10.0.0.7", http_host="127.0.0.1"), Path("r"), "p_"
+        )
+        assert {"--grpc-address=10.0.0.7", "--http-address=127.0.0.1"} <= set(flags)
+        opened = ServerOptions(Path("r"), host="10.0.0.7", http_host="10.0.0.7", security=security)
+        assert opened.http_address == "10.0.0.7", "asked for by name"
+
     def test_keys_are_not_in_the_words_of_an_error_or_a_log(self) -> None:
         assert KEY not in repr(ServerSecurity(api_key=KEY))
 

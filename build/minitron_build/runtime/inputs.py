@@ -81,6 +81,14 @@ class Inputs:
         array = self._arrays.get(name)
         return 0 if array is None else sum(map(len, array.reshape(-1)))
 
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors together."""
+        return sum(
+            self.num_bytes(name) if array.dtype == np.object_ else array.nbytes
+            for name, array in self._arrays.items()
+        )
+
     def same(self, name: str, default: Any) -> Any:
         """A setting of the whole request.
 

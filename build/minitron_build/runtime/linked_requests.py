@@ -26,6 +26,8 @@ _SENT_PLAIN = frozenset({"output_log_probs", "cum_log_probs"})  # log-probs have
 _EXTRA_OUTPUTS = OPTIONAL_OUTPUTS - _SENT_PLAIN
 
 
+IDLE_POLL_S = 0.02
+
 _STATUS_OF_END = {"cancelled": CANCELLED, "error": INTERNAL}
 
 
@@ -75,7 +77,7 @@ class _Linked:
         log_probs = tuple(value for output in outputs for value in output.log_probs)
         reason, error = last.finish_reason, None
         if reason == "error":
-            reason, error = None, str(StatusError(INTERNAL, last.error or "the engine gave no reason"))
+            reason, error = None, str(StatusError.read(last.error or "the engine gave no reason"))
         return (self.number, ids, log_probs, extras, reason, error)
 
 
@@ -119,6 +121,11 @@ class LinkedRequests:
         for owner, number in list(self._open):
             if owner is connection:
                 self._stop(connection, number)
+
+    def wait_until_idle(self) -> None:
+        """Return once no request is open; Triton knows of none, and would close the engine under them."""
+        while self._open:
+            time.sleep(IDLE_POLL_S)
 
     def _read(
         self, connection: LinkConnection, number: int, plain: PlainArrays, priority_level: int

@@ -19,8 +19,9 @@ FOREIGN_SENTENCES = {
     "Exceeds maximum queue size": UNAVAILABLE,
     "Request timeout expired": DEADLINE_EXCEEDED,
     "exceeds maximum input length": INVALID_ARGUMENT,
+    "the engine was closed": UNAVAILABLE,
 }
-"""What Triton and TensorRT-LLM's backend say without a status, and the status it means."""
+"""What Triton and the engines say without a status, and the status it means."""
 
 
 class StatusError(Exception):

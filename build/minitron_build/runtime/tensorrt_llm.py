@@ -26,7 +26,7 @@ from .orphan import end_with_parent
 from .parameters import Parameters
 from .priority import PriorityLevels
 from .reference_engine import EngineLimits, EngineOutput, QueueFullError, ReferenceEngine, RequestError
-from .status import CANCELLED, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, StatusError, invalid
+from .status import CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, StatusError, invalid
 from .token_request import ROWS_OF, SequenceRequest, TokenRequest, is_stop, read_token_request
 from .token_response import Piece, empty_arrays, joined_ids, to_arrays
 
@@ -87,6 +87,7 @@ class TritonPythonModel:
         end_with_parent()
         parameters = Parameters(args)
         limits = EngineLimits(**{name: parameters.number(name) for name in EngineLimits.__dataclass_fields__})
+        self._max_request_bytes = parameters.number("max_request_bytes")
         self._exclude_input = parameters.flag("exclude_input_in_output")
         self._priorities = PriorityLevels(parameters)
         self._engine = ReferenceEngine(
@@ -112,8 +113,8 @@ class TritonPythonModel:
         ]
         for thread in self._threads:
             thread.start()
-        linked = LinkedRequests(self._engine, self._metrics, _as_status)
-        self._link = LinkServer(parameters.model_name, linked.on_message, linked.on_gone)
+        self._linked = LinkedRequests(self._engine, self._metrics, _as_status)
+        self._link = LinkServer(parameters.model_name, self._linked.on_message, self._linked.on_gone)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the engine and return at once; the sender thread answers."""
@@ -127,7 +128,8 @@ class TritonPythonModel:
                 tensors.send_final(sender, tensors.error_response(status))
 
     def finalize(self) -> None:
-        """Close the engine; what is still open is answered with an error."""
+        """Let the text models' requests finish, as Triton does with its own, and close the engine."""
+        self._linked.wait_until_idle()
         self._closing.set()
         self._engine.close()
         self._link.close()
@@ -154,7 +156,7 @@ class TritonPythonModel:
 
     def _accept(self, request: Any, sender: Any) -> None:
         arrived_s = time.monotonic()
-        inputs = tensors.read_inputs(request, rows_of=ROWS_OF)
+        inputs = tensors.read_inputs(request, ROWS_OF, self._max_request_bytes)
         wanted = frozenset(request.requested_output_names())
         if is_stop(inputs):
             self._stop(request.request_id())
@@ -235,7 +237,7 @@ class TritonPythonModel:
     def _respond(self, call: _Call, sequence: _Sequence, outputs: list[EngineOutput]) -> None:
         reason = outputs[-1].finish_reason
         if reason == "error":
-            self._fail(call, StatusError(INTERNAL, outputs[-1].error or "the engine gave no reason"))
+            self._fail(call, StatusError.read(outputs[-1].error or "the engine gave no reason"))
         elif reason == "cancelled":
             self._end_cancelled(call)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import queue
 import threading
 import time
@@ -39,6 +40,8 @@ POLL_COST_S = 0.0003
 LONG_TEXT_BYTES = 16384
 """Requests with more text are tokenised on a thread of their own, so that others are read meanwhile."""
 DESK_THREADS = 4
+LOG_PROMPTS_VARIABLE = "MINITRON_LOG_PROMPTS"
+"""Set to 1 by who starts the server: prompts are written to its log, and otherwise no text of a request."""
 
 ON_FLAG = {
     "output_ids": "return_output_ids",
@@ -120,6 +123,8 @@ class TritonPythonModel:
         self._priorities = PriorityLevels(parameters)
         self._skip_special_tokens = parameters.flag("skip_special_tokens")
         self._max_streams = parameters.number("max_concurrent_requests")
+        self._max_request_bytes = parameters.number("max_request_bytes")
+        self._logs_prompts = os.environ.get(LOG_PROMPTS_VARIABLE) == "1"
         self._route = _route(parameters, self._max_streams)
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # held to add calls and streams; the loop alone removes them
@@ -139,7 +144,7 @@ class TritonPythonModel:
         for request in requests:
             arrival = _Arrival(request, request.get_response_sender(), time.monotonic())
             try:
-                inputs = tensors.read_inputs(request, rows_of=ROWS_OF)
+                inputs = tensors.read_inputs(request, ROWS_OF, self._max_request_bytes)
                 if is_stop(inputs):
                     self._stop_calls(request.request_id())
                     tensors.send_final(arrival.sender, tensors.response(_stop_answer(request)))
@@ -185,6 +190,8 @@ class TritonPythonModel:
         tensors.send_final(arrival.sender, tensors.error_response(status))
 
     def _open(self, arrival: _Arrival, inputs: Inputs) -> _Call:
+        if self._logs_prompts:
+            _log_prompts(arrival.request.request_id(), inputs)
         asked = read_text_request(inputs, self._encoder)
         priority_level = self._priorities.read(arrival.request.parameters())
         with self._lock:
@@ -382,6 +389,12 @@ def _engine_outputs(asked: TextRequest) -> list[str]:
         "sequence_length",
         *(name for name, flag in ENGINE_ON_FLAG.items() if flag in asked.flags),
     ]
+
+
+def _log_prompts(request_id: str, inputs: Inputs) -> None:
+    for row in range(inputs.batch_size):
+        prompt = inputs.texts(ROWS_OF, row)
+        tensors.log_info(f"request {request_id or '(no id)'}: {json.dumps(prompt, ensure_ascii=False)}")
 
 
 def _stop_answer(request: Any) -> dict[str, Array]:

@@ -59,20 +59,26 @@ def read_arrays(request: Any) -> dict[str, Array]:
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
 
-def read_inputs(request: Any, rows_of: str) -> Inputs:
+def read_inputs(request: Any, rows_of: str, max_bytes: int | None = None) -> Inputs:
     """Read every input tensor of a request.
 
     Args:
         request: Triton's request.
         rows_of: name of an input that every request has; its first dimension is the batch size.
+        max_bytes: what all tensors may have together; None: any size.
 
     Raises:
-        StatusError: that input is missing.
+        StatusError: that input is missing, or the tensors are too large.
     """
     arrays = read_arrays(request)
     if rows_of not in arrays:
         raise invalid(f"{rows_of} is missing; every request must have it")
-    return Inputs(arrays, int(arrays[rows_of].shape[0]))
+    inputs = Inputs(arrays, int(arrays[rows_of].shape[0]))
+    if max_bytes is not None and inputs.total_bytes > max_bytes:
+        raise invalid(
+            f"the tensors of the request have {inputs.total_bytes} bytes; max_request_bytes is {max_bytes}"
+        )
+    return inputs
 
 
 def response(arrays: Mapping[str, Array]) -> Any:
@@ -185,6 +191,12 @@ def log_error(text: str) -> None:
     """Write to the server's log."""
     for line in _lines(text):
         pb_utils.Logger.log_error(line)
+
+
+def log_info(text: str) -> None:
+    """Write to the server's log."""
+    for line in _lines(text):
+        pb_utils.Logger.log_info(line)
 
 
 def log_warning(text: str) -> None:

@@ -24,7 +24,7 @@ from minitron_build.serving.triton_security import (
     ServerSecurity,
     read_key,
 )
-from minitron_build.serving.triton_server import ServerOptions, TritonServer, check_before_start
+from minitron_build.serving.triton_server import LOOPBACK, ServerOptions, TritonServer, check_before_start
 from minitron_build.serving.watch import WatchSettings
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="folder made by minitron build, or one that holds several: the one for the GPU here is served",
     )
     parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--http-host",
+        metavar="HOST",
+        help="where HTTP listens (default: --host, but 127.0.0.1 beside TLS, which HTTP cannot have, or on "
+        "a Triton whose HTTP a large request ends)",
+    )
     for name, default in (
         ("grpc-port", defaults.grpc_port),
         ("http-port", defaults.http_port),
@@ -135,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
     machine = read_serving_machine(install)
     bundle = _choose(args.bundle, found, machine) if isinstance(found, tuple) else found
     engine = check_fit(bundle, machine)
+    if args.http_host is None and install.is_wheel:
+        args.http_host = LOOPBACK  # a body of 8 MB ends Triton 24.10, before any key is asked for
     options = _options(args, bundle.model_repo, engine.config.world_size if engine else 1, _start_s(bundle))
     check_before_start(options, install)
     care = _care(args)
@@ -179,6 +187,7 @@ def _options(
     return ServerOptions(
         model_repo,
         host=args.host,
+        http_host=args.http_host,
         grpc_port=args.grpc_port,
         http_port=args.http_port,
         metrics_port=args.metrics_port,

@@ -78,6 +78,7 @@ class ServerOptions:
     Attributes:
         model_repo: the Triton model repository.
         host: IPv4 address, or name of one, that all three endpoints listen on.
+        http_host: where HTTP listens; None: on `host`, but on loopback beside TLS, which it cannot have.
         grpc_port: gRPC endpoint.
         http_port: HTTP endpoint.
         metrics_port: Prometheus endpoint.
@@ -92,6 +93,7 @@ class ServerOptions:
 
     model_repo: Path
     host: str = "127.0.0.1"
+    http_host: str | None = None
     grpc_port: int = 8001
     http_port: int = 8000
     metrics_port: int = 8002
@@ -131,7 +133,9 @@ class ServerOptions:
 
     @property
     def http_address(self) -> str:
-        """Where HTTP listens: Triton's has no TLS, so it is not opened beside a gRPC endpoint that has."""
+        """Where HTTP listens, as a numeric IPv4 address."""
+        if self.http_host is not None:
+            return preflight.resolve_ipv4(self.http_host)
         return LOOPBACK if self.security.has_tls else self.address
 
     @property
