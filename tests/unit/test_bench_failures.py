@@ -14,6 +14,10 @@ import pytest
 
 from fake_triton import FakeTriton, failure, reply, serving_fake
 from minitron_build.cli import main
+from minitron_client import AsyncMinitronClient
+from minitron_client.bench.lengths import Lengths
+from minitron_client.bench.load import Extent, LoadPoint
+from minitron_client.bench.sweep import BenchSettings, Sweep
 
 pytestmark = pytest.mark.unit
 FLAGS = "--concurrency 1 --num-requests 8 --warmup-requests 0 --prompt-tokens 8 --output-tokens 2"
@@ -96,6 +100,22 @@ def test_retries_are_off_unless_asked_for_and_then_said(
     _, document, _, _ = run(fake, capsys, f"{FLAGS} --max-retries 1 --repeats 2")
     assert "failures were tried again, up to 1 times, before they counted" in document["notes"]
     assert all(repeat["num_ok"] == 8 for repeat in document["points"][0]["repeats"])
+
+
+async def test_a_tokenizer_of_the_server_s_that_joins_words_is_said(fake: FakeTriton) -> None:
+    class Joining(AsyncMinitronClient):
+        async def tokenize(self, text: str) -> list[int]:
+            return list(range(-(-len(text) // 3)))
+
+    fake.script = answers(GOOD)
+    settings = BenchSettings(
+        (LoadPoint("closed", 1),), Extent(1), Lengths("fixed", (8,)), Lengths("fixed", (2,))
+    )
+    async with Joining(fake.url) as client:
+        sweep = Sweep(client, settings)
+        await sweep.run()
+    assert any("of the server's tokenizer" in note for note in sweep.result().notes)
+    assert sweep.result().workload.prompt_source == "word count"
 
 
 def test_a_refused_probe_is_one_line(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> None:

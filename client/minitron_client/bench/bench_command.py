@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import importlib.util
 import json
 import signal
@@ -263,7 +264,7 @@ def settings_of(args: argparse.Namespace) -> BenchSettings:
         prompt_tokens=parse_lengths(args.prompt_tokens or DEFAULT_PROMPT_TOKENS),
         output_tokens=parse_lengths(args.output_tokens or DEFAULT_OUTPUT_TOKENS),
         trace=trace,
-        trace_path=args.trace,
+        trace_sha256=hashlib.sha256(args.trace.read_bytes()).hexdigest() if args.trace else "",
         sampling=parse_sampling(args.sampling) if args.sampling else {},
         is_exact_output=not args.natural_end,
         slos=parse_slos(args.slo) if args.slo else (),

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from minitron_client.bench.load import Extent, LoadPoint
 from minitron_client.bench.records import RequestRecord
@@ -27,16 +27,8 @@ ERROR_PAUSE_S = 0.1
 """A closed loop's slot rests this long after a failure: a server that refuses at once is not hammered."""
 
 
-class OpenStream(Protocol):
-    """What is used of `AsyncTextStream`."""
-
-    async def __aenter__(self) -> Any: ...
-
-    async def __aexit__(self, *exit: Any) -> None: ...
-
-
 StartStream = Callable[[Ask], Any]
-"""A request's stream, by the client: to be entered, iterated and asked for its `final()`."""
+"""A request's `AsyncTextStream`, or what does as it does."""
 
 
 @dataclass(slots=True)

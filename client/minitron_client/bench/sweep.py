@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
-import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -47,7 +46,7 @@ class BenchSettings:
         prompt_tokens: lengths of prompts; ignored with a trace.
         output_tokens: lengths of answers; ignored with a trace.
         trace: the rows of a trace, empty without.
-        trace_path: its file.
+        trace_sha256: of its file, "" without.
         sampling: sampling options; the lengths come from the workload.
         is_exact_output: hold answers to their length with `min_tokens`, where the model has it.
         slos: bounds that a good request meets.
@@ -62,7 +61,7 @@ class BenchSettings:
     prompt_tokens: Lengths
     output_tokens: Lengths
     trace: tuple[TraceRow, ...] = ()
-    trace_path: Path | None = None
+    trace_sha256: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
     is_exact_output: bool = True
     slos: tuple[Slo, ...] = ()
@@ -89,7 +88,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Told to whoever shows it; `run` is None between load points."""
+    """Told to whoever shows it: `generator` while a load point runs, `measurement` when it is over."""
 
     label: str
     number: int
@@ -105,7 +104,7 @@ class Sweep:
     """One benchmark; `result` can be asked for after `run`, also after it was cancelled.
 
     Args:
-        client: has no retries: a load generator must not hide a failure.
+        client: without retries, unless they are wanted: they hide failures.
         settings: what to measure.
         on_progress: called before and after each load point.
     """
@@ -198,6 +197,8 @@ class Sweep:
             return self._guessed(f"package {error.name} is missing: minitron-trtllm[bench] brings it")
         except (NotFoundError, UnsupportedError) as error:
             return self._guessed(f"the server offers no tokenizer ({error.message}); --tokenizer gives one")
+        except BenchError as error:
+            return self._guessed(f"of the server's tokenizer: {error.message}")
         self._prompt_source = "server tokenizer"
         return costs
 
@@ -251,13 +252,10 @@ class Sweep:
 
     def _workload_record(self) -> WorkloadRecord:
         settings = self._settings
-        digest = ""
-        if settings.trace_path is not None:
-            digest = hashlib.sha256(settings.trace_path.read_bytes()).hexdigest()
         return WorkloadRecord(
             prompt_tokens="trace" if settings.trace else str(settings.prompt_tokens),
             output_tokens="trace" if settings.trace else str(settings.output_tokens),
-            trace=digest,
+            trace=settings.trace_sha256,
             sampling=dict(settings.sampling),
             is_exact_output=self._is_exact,
             prompt_source=self._prompt_source,
