@@ -144,6 +144,28 @@ async def test_latencies_count_from_when_a_request_was_due(server: PlayedServer)
     assert any("event loop was" in warning for warning in run.health.warnings)
 
 
+async def test_a_stall_of_the_server_is_seen_by_all_who_were_due_in_it(server: PlayedServer) -> None:
+    """Coordinated omission: a closed loop asks once during a stall of 150 ms, an open one goes on asking."""
+    stall_ends_s = 0.0
+
+    class Stalling(PlayedStream):
+        async def __aenter__(self) -> PlayedStream:
+            await asyncio.sleep(max(0.0, stall_ends_s - time.perf_counter()))
+            return await super().__aenter__()
+
+    async def slow(point: LoadPoint) -> int:
+        nonlocal stall_ends_s
+        stall_ends_s = time.perf_counter() + 0.15
+        due_s = iter(number / 100 for number in range(20))
+        start = lambda ask: Stalling(server, 1)  # noqa: E731
+        run = await Generator(start, point, Extent(20, warmup_requests=0), asks(), due_s).drive()
+        return sum((record.request_latency_s or 0) > 0.03 for record in run.records)
+
+    server.chunk_s = 0.001
+    assert await slow(closed(1)) <= 3  # one, and what a busy machine adds
+    assert await slow(LoadPoint("open", 100, "constant")) >= 10
+
+
 async def test_prompts_that_take_long_to_make_are_made_in_passing(
     server: PlayedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
