@@ -89,7 +89,7 @@ def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, str, str]] = {
-    "empty text": ("own.txt", " \n", "an empty file; expected calibration samples"),
+    "empty text": ("own.txt", " \n", "an empty file; expected text or token ids"),
     "empty list": ("own.json", "[]", "no samples; expected samples of 16 to 512 tokens"),
     "no list": ("own.json", '{"a": 1}', "a JSON dict; expected a list of id lists"),
     "no ids": ("own.json", '[["a", "b"]]', "own.json sample 0: .*expected a list of token ids"),

@@ -156,6 +156,13 @@ def test_source_of_another_shape_is_refused(bf16: Path, tiny_minitron: Path) -> 
         short_verify(bf16, tiny_minitron)
 
 
+def test_source_without_a_tokenizer_is_refused(bf16: Path, tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="fetch tokenizer.json with the checkpoint"):
+        short_verify(bf16, tmp_path / "source")
+
+
 def test_verb_prints_a_table_and_json_and_writes_reports(
     fp8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +206,7 @@ def test_verb_fails_with_one_line(fp8: Path, capsys: pytest.CaptureFixture[str])
         (["--skip-source"], "a checkpoint alone has no tokenizer"),
         (["--against", "demo", "--html", "/nowhere/report.html"], "/nowhere: no such folder"),
         (["--against", "demo", "--eval-samples", "0"], "num_samples is 0; expected 1 or more"),
-        (["--against", "demo", "--eval-data", "missing.txt"], "cannot be read (No such file or directory)"),
+        (["--against", "demo", "--eval-data", "missing.txt"], "missing.txt: No such file or directory"),
     ],
 )
 def test_refusals(fp8: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

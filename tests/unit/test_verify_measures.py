@@ -10,12 +10,14 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from minitron_build.calibration.samples import DEFAULT_SET
 from minitron_build.errors import RefusedError
+from minitron_build.runtime.tokenizer import TextTokenizer
 from minitron_build.verify.eval_data import HELD_OUT_DIR, EvalSet, read_eval_set
 from minitron_build.verify.golden_prompts import compare_golden
 from minitron_build.verify.result import VerifyResult
@@ -112,12 +114,15 @@ def test_nothing_checked_is_no_pass() -> None:
     assert "nothing was checked" in result.failure
 
 
-def encode(text: str) -> list[int]:
-    return list(text.encode())
+class ByteTokenizer:
+    """An id a byte, 0 for BOS."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [*([0] if add_special_tokens else []), *text.encode()]
 
 
 def read(path: Path | None, **options: int) -> EvalSet:
-    return read_eval_set(path, encode=encode, **({"vocab_size": 256, "bos_token_id": 0} | options))
+    return read_eval_set(path, cast(TextTokenizer, ByteTokenizer()), 256, **options)
 
 
 def test_shipped_text_takes_turns_and_begins_with_bos() -> None:
@@ -162,14 +167,18 @@ def test_files_of_a_user(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", "", "an empty file"),
-        ("a.txt", "short", "5 tokens to predict; expected at least 256"),
+        ("a.txt", "short", "0 tokens to predict; expected at least 256"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.parquet", "x", "expected .txt"),
-        ("a.jsonl", '{"text": "x"}\n{"words": 1}', "line 2: neither text nor input_ids"),
+        ("a.parquet", "x", "--eval-data: a file named a.parquet; expected .txt"),
+        ("a.jsonl", '{"text": "x"}\n{"words": 1}', "line 2: .*words"),
         ("a.jsonl", "{", "line 1: not JSON"),
-        ("a.json", '{"a": 1}', "expected a list of lists"),
-        ("a.json", "[[1, true]]", "expected a list of lists"),
-        ("a.json", json.dumps([[300] * 300]), "token id 300 in sequence 0; expected ids from 0 to 255"),
+        ("a.json", '{"a": 1}', "expected a list of id lists"),
+        ("a.json", "[[1, true]]", "expected a list of token ids"),
+        (
+            "a.json",
+            json.dumps([[300] * 300]),
+            "sample 0 holds id 300; expected ids of the vocab",
+        ),
     ],
 )
 def test_unusable_files_are_refused(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:

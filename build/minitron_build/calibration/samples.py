@@ -111,15 +111,18 @@ def read_calibration_set(request: SampleRequest, hf_dir: Path, vocab_size: int) 
     """
     tokenizer = _lazy_tokenizer(hf_dir)
     if request.path is None:
-        paths, samples = sorted(DEFAULT_SET.glob("*.txt")), _default_samples(tokenizer(), request.seq_len)
+        paths, samples = (
+            sorted(DEFAULT_SET.glob("*.txt")),
+            folder_samples(DEFAULT_SET, tokenizer(), request.seq_len),
+        )
     else:
-        paths, samples = [request.path], _file_samples(request.path, tokenizer, request.seq_len)
+        paths, samples = [request.path], file_samples(request.path, tokenizer, request.seq_len)
     where = DEFAULT_NAME if request.path is None else str(request.path)
     taken, num_short = _take(samples, request, where)
-    _check_ids(taken, vocab_size, where)
+    check_ids(taken, vocab_size, where)
     return CalibrationSet(
         name=DEFAULT_NAME if request.path is None else request.path.name,
-        file_sha256=_sha256(paths),
+        file_sha256=sha256_of_files(paths),
         samples=tuple(taken),
         seq_len=request.seq_len,
         warnings=tuple(_warnings(taken, num_short, request)),
@@ -142,11 +145,9 @@ def _lazy_tokenizer(hf_dir: Path) -> Callable[[], TextTokenizer]:
     return load
 
 
-def _default_samples(tokenizer: TextTokenizer, seq_len: int) -> Iterator[tuple[int, ...]]:
-    """Windows of the package's texts, the kinds in turn, so that any number of them is a mixture."""
-    kinds = [
-        _windows(path.read_text("utf-8"), tokenizer, seq_len) for path in sorted(DEFAULT_SET.glob("*.txt"))
-    ]
+def folder_samples(folder: Path, tokenizer: TextTokenizer, seq_len: int) -> Iterator[tuple[int, ...]]:
+    """Windows of a folder's texts, the kinds in turn, so that any number of them is a mixture."""
+    kinds = [_windows(path.read_text("utf-8"), tokenizer, seq_len) for path in sorted(folder.glob("*.txt"))]
     while kinds:
         for kind in list(kinds):
             window = next(kind, None)
@@ -169,10 +170,17 @@ def _windows(text: str, tokenizer: TextTokenizer, seq_len: int) -> Iterator[tupl
         yield (*start, *ids)
 
 
-def _file_samples(
-    path: Path, tokenizer: Callable[[], TextTokenizer], seq_len: int
+def file_samples(
+    path: Path, tokenizer: Callable[[], TextTokenizer], seq_len: int, flag: str = "--calib-data"
 ) -> Iterator[tuple[int, ...]]:
-    """Samples of a user's file, of at most seq_len tokens."""
+    """Samples of a user's file, of at most seq_len tokens.
+
+    Args:
+        flag: that the user named the file with.
+
+    Raises:
+        CheckpointError: the file is missing, empty or of another format.
+    """
     readers: dict[str, Callable[[], Iterator[Sequence[int]]]] = {
         ".txt": lambda: _windows(_read_text(path), tokenizer(), seq_len),
         ".jsonl": lambda: _jsonl_samples(path, tokenizer),
@@ -180,7 +188,7 @@ def _file_samples(
     }
     if path.suffix not in readers:
         raise CheckpointError(
-            f"a file named {path.name}", expected=", ".join(readers), where="--calib-data", todo="rename it"
+            f"a file named {path.name}", expected=", ".join(readers), where=flag, todo="rename it"
         )
     for sample in readers[path.suffix]():
         yield tuple(sample[:seq_len])
@@ -200,7 +208,7 @@ def _read_text(path: Path) -> str:
         what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CheckpointError(f"{what}", where=str(path), todo="give a file of samples") from None
     if not text.strip():
-        raise CheckpointError("an empty file", expected="calibration samples", where=str(path))
+        raise CheckpointError("an empty file", expected="text or token ids", where=str(path))
     return text
 
 
@@ -270,7 +278,12 @@ def _take(
     return taken, num_short
 
 
-def _check_ids(samples: Sequence[Sequence[int]], vocab_size: int, where: str) -> None:
+def check_ids(samples: Sequence[Sequence[int]], vocab_size: int, where: str) -> None:
+    """Refuse ids that no model of this vocabulary has.
+
+    Raises:
+        CheckpointError: names the first sample and id.
+    """
     for index, sample in enumerate(samples):
         outside = next((token for token in sample if not 0 <= token < vocab_size), None)
         if outside is not None:
@@ -295,7 +308,8 @@ def _warnings(samples: Sequence[Sequence[int]], num_short: int, request: SampleR
         )
 
 
-def _sha256(paths: Sequence[Path]) -> str:
+def sha256_of_files(paths: Sequence[Path]) -> str:
+    """Of all files' bytes, one behind the other."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_build.errors import RefusedError
-from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, EvalSet, read_eval_set
+from minitron_build.verify.eval_data import (
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQ_LEN,
+    EvalSet,
+    open_tokenizer,
+    read_eval_set,
+)
 from minitron_build.verify.golden_prompts import (
     PROMPTS,
     compare_golden,
@@ -125,8 +131,6 @@ class Verification:
     """One verification: both models opened, the held-out text read."""
 
     def __init__(self, request: VerifyRequest, progress: Progress) -> None:
-        from minitron_build.runtime.tokenizer import TextTokenizer
-
         self.request, self.progress = request, progress
         max_tokens = max(LONG_PROMPT_TOKENS, request.seq_len)
         self.models = open_models(
@@ -135,7 +139,7 @@ class Verification:
             max_tokens=max_tokens,
             arithmetic=request.arithmetic,
         )
-        self.tokenizer = TextTokenizer(request.source_dir)
+        self.tokenizer = open_tokenizer(request.source_dir)
         self.thresholds = Thresholds(self.models.kind, request.thresholds)
         self.eval_set = self._read_eval_set()
 
@@ -166,9 +170,8 @@ class Verification:
     def _read_eval_set(self) -> EvalSet:
         return read_eval_set(
             self.request.eval_data,
-            encode=lambda text: self.tokenizer.encode(text, add_special_tokens=False),
-            vocab_size=self.models.source.source.config.vocab_size,
-            bos_token_id=self.models.bos_token_id,
+            self.tokenizer,
+            self.models.source.source.config.vocab_size,
             num_samples=self.request.num_samples,
             seq_len=min(self.request.seq_len, self.models.max_positions),
         )
@@ -176,8 +179,7 @@ class Verification:
     def _golden_prompts(self) -> tuple[tuple[int, ...], ...]:
         if GOLDEN in self.request.skipped:
             return ()
-        bos = () if self.models.bos_token_id is None else (self.models.bos_token_id,)
-        return tuple((*bos, *self.tokenizer.encode(prompt, add_special_tokens=False)) for prompt in PROMPTS)
+        return tuple(tuple(self.tokenizer.encode(prompt, add_special_tokens=True)) for prompt in PROMPTS)
 
     def _long_prompt(self) -> tuple[int, ...]:
         return self.eval_set.long_prompt(min(LONG_PROMPT_TOKENS, self.models.max_positions))

@@ -40,14 +40,12 @@ class ModelPair:
 
     Attributes:
         kind: how the candidate's weights differ from the source's; one of thresholds.KINDS.
-        bos_token_id: of the source.
         max_positions: longest sequence both models take.
     """
 
     source: Runner
     candidate: Runner
     kind: str
-    bos_token_id: int | None
     max_positions: int
     num_parameters: int
 
@@ -84,11 +82,9 @@ def open_models(
         )
     except UnsupportedCheckpointError as error:
         raise CheckpointError(str(error)) from None
-    config = ModelConfig.read(source_dir)
+    num_parameters = ModelConfig.read(source_dir).num_parameters
     kind = _kind(source.config, candidate.config)
-    return ModelPair(
-        source_runner, candidate_runner, kind, config.bos_token_id, max_positions, config.num_parameters
-    )
+    return ModelPair(source_runner, candidate_runner, kind, max_positions, num_parameters)
 
 
 def open_reference(model_dir: Path, *, max_tokens: int, arithmetic: Arithmetic) -> Runner:

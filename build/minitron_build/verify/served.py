@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from minitron_build.verify.result import VerifyResult
 from minitron_build.verify.thresholds import Thresholds
 
 if TYPE_CHECKING:
+    from minitron_build.runtime.tokenizer import TextTokenizer
     from minitron_build.verify.eval_data import EvalSet
     from minitron_build.verify.runner import Ids, Progress, Runner
     from minitron_client import Completion, MinitronClient
@@ -37,7 +38,7 @@ class ServedRequest:
 
     Attributes:
         reference_name: what the reference is, for people.
-        encode: a prompt's ids, BOS included.
+        tokenizer: of the served model.
         max_input_len: longest prompt the server takes, as far as that is known.
         skipped: parts left out, with the reason that the result gives.
     """
@@ -46,7 +47,7 @@ class ServedRequest:
     reference: Runner
     reference_name: str
     kind: str
-    encode: Callable[[str], Sequence[int]]
+    tokenizer: TextTokenizer
     eval_set: EvalSet
     max_input_len: int = LONG_PROMPT_TOKENS
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -80,7 +81,10 @@ def verify_served(request: ServedRequest, progress: Progress) -> VerifyResult:
 
     started_s = time.monotonic()
     skipped = dict(request.skipped)
-    prompts = [*(tuple(request.encode(text)) for text in PROMPTS), *_windows(request.eval_set)]
+    prompts = [
+        *(tuple(request.tokenizer.encode(text, add_special_tokens=True)) for text in PROMPTS),
+        *_windows(request.eval_set),
+    ]
     with MinitronClient(request.url, model=ENGINE_MODEL, timeout_s=TIMEOUT_S) as client:
         served = []
         for number, prompt in enumerate(prompts):

@@ -9,19 +9,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_build.errors import GateError, MachineError, RefusedError
-from minitron_build.verify.eval_data import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, EvalSet, read_eval_set
+from minitron_build.verify.eval_data import (
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQ_LEN,
+    EvalSet,
+    open_tokenizer,
+    read_eval_set,
+)
 from minitron_build.verify.models import Arithmetic, open_reference
 from minitron_build.verify.result import PARTS, VerifyResult
 from minitron_build.verify.target import GIVE_SOURCE, Target
 from minitron_build.verify.thresholds import FP8, add_threshold_flags, given_thresholds
 
 if TYPE_CHECKING:
+    from minitron_build.runtime.tokenizer import TextTokenizer
     from minitron_build.verify.runner import Progress, Runner
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -120,7 +127,7 @@ def _without_source(args: argparse.Namespace, target: Target, progress: Progress
     model = open_reference(
         target.needed_checkpoint(), max_tokens=args.eval_seq_len, arithmetic=_arithmetic(args)
     )
-    eval_set = _eval_set(args, model, _encoder(target.tokenizer_dir))
+    eval_set = _eval_set(args, model, open_tokenizer(target.tokenizer_dir))
     return verify_alone(args.path, model, eval_set, given_thresholds(args), progress)
 
 
@@ -130,7 +137,7 @@ def _against_server(args: argparse.Namespace, target: Target, progress: Progress
 
     source_dir = None if args.against is None else target.resolve_source(args.against)
     reference_dir = target.checkpoint_dir or source_dir or target.needed_checkpoint()
-    encode = _served_encoder(args.url, target.tokenizer_dir or source_dir)
+    tokenizer = _served_tokenizer(args.url, target.tokenizer_dir or source_dir)
     model = open_reference(
         reference_dir, max_tokens=LONG_PROMPT_TOKENS + SERVED_TOKENS, arithmetic=_arithmetic(args)
     )
@@ -144,8 +151,8 @@ def _against_server(args: argparse.Namespace, target: Target, progress: Progress
         model,
         str(reference_dir),
         FP8,
-        encode,
-        _eval_set(args, model, encode),
+        tokenizer,
+        _eval_set(args, model, tokenizer),
         max_input_len=longest,
         thresholds=given_thresholds(args),
         skipped=_skipped(args),
@@ -153,36 +160,29 @@ def _against_server(args: argparse.Namespace, target: Target, progress: Progress
     return verify_served(request, progress)
 
 
-def _eval_set(args: argparse.Namespace, model: Runner, encode: Callable[[str], list[int]]) -> EvalSet:
-    """Held-out text for a model whose tokenizer puts BOS in front of every prompt, or none."""
-    start = encode("")
+def _eval_set(args: argparse.Namespace, model: Runner, tokenizer: TextTokenizer) -> EvalSet:
     config = model.source.config
     return read_eval_set(
         args.eval_data,
-        encode=lambda text: encode(text)[len(start) :],
-        vocab_size=config.vocab_size,
-        bos_token_id=start[0] if start else None,
+        tokenizer,
+        config.vocab_size,
         num_samples=args.eval_samples,
         seq_len=min(args.eval_seq_len, config.max_position_embeddings),
     )
 
 
-def _encoder(tokenizer_dir: Path) -> Callable[[str], list[int]]:
-    from minitron_build.runtime.tokenizer import TextTokenizer
-
-    tokenizer = TextTokenizer(tokenizer_dir)
-    return lambda text: tokenizer.encode(text, add_special_tokens=True)
-
-
-def _served_encoder(url: str, tokenizer_dir: Path | None) -> Callable[[str], list[int]]:
+def _served_tokenizer(url: str, tokenizer_dir: Path | None) -> TextTokenizer:
     """The tokenizer at hand, else the server's own."""
+    from tempfile import TemporaryDirectory
+
     from minitron_client import MinitronClient
 
     if tokenizer_dir is not None:
-        return _encoder(tokenizer_dir)
-    with MinitronClient(url) as client:
-        tokenizer = client.tokenizer()
-    return tokenizer.encode
+        return open_tokenizer(tokenizer_dir)
+    with MinitronClient(url) as client, TemporaryDirectory() as folder:
+        for name, text in client.tokenizer().files.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        return open_tokenizer(Path(folder))
 
 
 def _arithmetic(args: argparse.Namespace) -> Arithmetic:
