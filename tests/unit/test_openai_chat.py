@@ -12,15 +12,20 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from openai_door import MODEL, OpenDoor, PlayingClient, open_door, words
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from minitron_build.runtime.tokenizer_files import TokenizerFiles
+from minitron_build.source.hf_checkpoint import HfCheckpoint
 from minitron_client import Chunk
 from minitron_client.errors import InvalidValueError, UnsupportedError
 from minitron_client.openai.api_errors import ApiError
 from minitron_client.openai.chat_template import ChatTemplateError, read_chat_template
-from minitron_client.openai.served_tokenizer import read_tokenizer_dir
+from minitron_client.openai.served_tokenizer import read_tokenizer_dir, served_tokenizer
 from minitron_client.openai.token_texts import TokenBytes, TokenPlaces
+from minitron_client.tokenizer import Tokenizer, TokenRules
+
+NAMES, FILES = "TOKENIZER_FILE_NAMES", "TOKENIZER_FILES"
 
 # The shape of Llama 3's own template.
 LLAMA = """{{- bos_token }}
@@ -153,6 +158,19 @@ def test_where_a_template_is_found() -> None:
     assert read_chat_template({"chat_template": named[:1]}) is None
 
 
+def test_a_template_in_a_file_of_its_own_reaches_the_door(tiny_copy: Path) -> None:
+    """As newer checkpoints have it: taken into a bundle, handed out by the server, read by the door."""
+    (tiny_copy / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    taken = {path.name for path in HfCheckpoint.open(tiny_copy).tokenizer_files}
+    arrays = TokenizerFiles(tiny_copy).arrays()
+    names, contents = ([item.decode() for item in arrays[name][0]] for name in (NAMES, FILES))
+    files = dict(zip(names, contents, strict=True))
+    template = served_tokenizer(Tokenizer(files["tokenizer.json"], TokenRules(), files)).template
+    assert "chat_template.jinja" in taken
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "hi!"
+
+
 def test_a_template_that_is_none() -> None:
     with pytest.raises(ChatTemplateError, match="no Jinja template"):
         read_chat_template({"chat_template": "{% if"})
@@ -172,7 +190,7 @@ def test_a_tokenizer_that_cannot_be_used(chat_dir: Path, tmp_path: Path) -> None
 # --- log probabilities
 
 
-def spoken(tokenizer: Tokenizer, text: str) -> list[Chunk]:
+def spoken(tokenizer: Backend, text: str) -> list[Chunk]:
     """The text as the server streams it: ids and log probabilities beside the characters they complete."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     vocabulary, chunks, pending, data = TokenBytes(tokenizer), [], [], b""
@@ -193,7 +211,7 @@ def spoken(tokenizer: Tokenizer, text: str) -> list[Chunk]:
 async def test_log_probs_of_a_completion(
     door: OpenDoor, sdk: openai.AsyncOpenAI, chat_dir: Path, stream: bool
 ) -> None:
-    tokenizer = Tokenizer.from_file(str(chat_dir / "tokenizer.json"))
+    tokenizer = Backend.from_file(str(chat_dir / "tokenizer.json"))
     door.client.script = lambda call: spoken(tokenizer, "né 🙂 end STOP")
     ask: dict[str, Any] = {"model": MODEL, "prompt": "x", "logprobs": 1, "temperature": 0, "stop": [" STOP"]}
     if stream:
@@ -218,7 +236,7 @@ async def test_log_probs_of_a_completion(
 
 
 async def test_log_probs_of_a_chat(door: OpenDoor, sdk: openai.AsyncOpenAI, chat_dir: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(chat_dir / "tokenizer.json"))
+    tokenizer = Backend.from_file(str(chat_dir / "tokenizer.json"))
     door.client.script = lambda call: spoken(tokenizer, "né 🙂")
     answer = await sdk.chat.completions.create(model=MODEL, messages=TALK, logprobs=True)
     log = answer.choices[0].logprobs
@@ -235,6 +253,6 @@ async def test_log_probs_of_a_chat(door: OpenDoor, sdk: openai.AsyncOpenAI, chat
 
 
 def test_an_id_of_another_vocabulary(chat_dir: Path) -> None:
-    places = TokenPlaces(TokenBytes(Tokenizer.from_file(str(chat_dir / "tokenizer.json"))))
+    places = TokenPlaces(TokenBytes(Backend.from_file(str(chat_dir / "tokenizer.json"))))
     with pytest.raises(UnsupportedError, match="99999 is not in the door's tokenizer"):
         places.add([99999], [-1.0])

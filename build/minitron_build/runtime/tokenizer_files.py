@@ -13,7 +13,7 @@ import numpy as np
 
 from .inputs import Array
 
-FILE_NAMES = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
+FILE_NAMES = ("chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 """In order of name; a tokenizer need not have all of them."""
 
 

@@ -21,6 +21,7 @@ TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
     "generation_config.json",
 )
 """What the serving side takes from the folder; only tokenizer.json is indispensable."""

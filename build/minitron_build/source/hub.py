@@ -24,6 +24,7 @@ PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
 )
 """Matched against the path inside the repository, so nothing in a subfolder is taken."""
 CONFIG_PATTERNS = ("config.json", "generation_config.json")
