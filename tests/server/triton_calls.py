@@ -34,10 +34,10 @@ def tensor(name: str, value: Any, dtype: str) -> grpcclient.InferInput:
 
 
 def tensors(inputs: dict[str, Any]) -> list[grpcclient.InferInput]:
-    """Plain values as tensors; `seed` is the one unsigned 64-bit tensor there is."""
+    """Plain values as tensors; a seed is the one unsigned 64-bit tensor there is."""
     first = {name: np.array(value, dtype=np.object_).reshape(-1)[0] for name, value in inputs.items()}
     return [
-        tensor(name, value, "UINT64" if name == "seed" else DTYPES[type(first[name])])
+        tensor(name, value, "UINT64" if name in ("seed", "random_seed") else DTYPES[type(first[name])])
         for name, value in inputs.items()
     ]
 

@@ -32,7 +32,7 @@ MODEL_REPO = ROOT / "model_repo"
 UPSTREAM = json.loads((ROOT / "tests/golden/data/triton_tensors.json").read_text())["models"]
 MODELS = ("ensemble", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls", "postprocessing")
 TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
-_TEXT = {"input": {"stop", "return_output_ids"}, "output": {"finish_reason", "output_ids"}}
+_TEXT = {"input": {"stop", "return_output_ids", "random_seed"}, "output": {"finish_reason", "output_ids"}}
 _TOKENIZER = {
     "input": {"RETURN_TOKENIZER"},
     "output": {"TOKENIZER_SHA256", "TOKENIZER_FILE_NAMES", "TOKENIZER_FILES"},

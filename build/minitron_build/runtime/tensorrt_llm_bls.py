@@ -399,5 +399,5 @@ def _log_prompts(request_id: str, inputs: Inputs) -> None:
 
 def _stop_answer(request: Any) -> dict[str, Array]:
     """What a stop request itself is answered with."""
-    empty = {"text_output": np.array([[b""]], dtype=np.object_)}
+    empty = {"text_output": np.array([b""], dtype=np.object_)}
     return {name: array for name, array in empty.items() if name in request.requested_output_names()}

@@ -39,9 +39,10 @@ class Unsent:
     generation_logits: list[Array] = field(default_factory=list)  # each [tokens, vocab]
 
 
-def _strings(value: str) -> Array:
-    array = np.empty((1, 1), dtype=np.object_)  # [batch 1, 1]
-    array[0, 0] = value.encode("utf-8")
+def _text(value: str) -> Array:
+    # [1], not [batch 1, 1]: upstream's models send it so, and clients write `text_output[0].decode()`.
+    array = np.empty(1, dtype=np.object_)
+    array[0] = value.encode("utf-8")
     return array
 
 
@@ -50,7 +51,7 @@ def _int32(value: int) -> Array:
 
 
 def _finish_reason(text: TextGeneration) -> Array | None:
-    return None if text.finish_reason is None else _strings(text.finish_reason)
+    return None if text.finish_reason is None else _text(text.finish_reason)[None]  # [batch 1, 1]
 
 
 def _generation_logits(text: TextGeneration) -> Array | None:
@@ -63,7 +64,7 @@ def _latest(name: str) -> Callable[[TextGeneration], Array | None]:
 
 
 OUTPUTS: dict[str, Callable[[TextGeneration], Array | None]] = {
-    "text_output": lambda text: _strings(text.unsent.text),
+    "text_output": lambda text: _text(text.unsent.text),
     "finish_reason": _finish_reason,
     "output_ids": lambda text: np.array([text.unsent.token_ids], dtype=np.int32),  # [batch 1, new tokens]
     # [batch 1, beam 1, new tokens]

@@ -19,6 +19,8 @@ from .word_lists import pack
 ROWS_OF = "text_input"  # the tensor every request must have: it says how many rows there are
 MAX_SEQUENCES = 256
 SEED_RANGE = 2**64
+FORMER_SEED = "random_seed"
+"""What upstream once called `seed`; clients in the field still send it."""
 
 PASSED_ON: dict[str, tuple[str, type[np.generic]]] = {
     "temperature": ("temperature", np.float32),
@@ -164,7 +166,7 @@ def _end_tensors(
 
 def _seed(inputs: Inputs, row: int, place: int) -> dict[str, Array]:
     """The sequences of one prompt differ by their seed alone; the first has the seed asked for."""
-    seed = inputs.scalar("seed", row)
+    seed = inputs.scalar("seed", row, inputs.scalar(FORMER_SEED, row))
     if seed is None and place == 0:
         return {}
     return {"seed": _value(((seed or 0) + place) % SEED_RANGE, np.uint64)}
