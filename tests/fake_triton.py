@@ -67,6 +67,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.requests: list[Any] = []
         self.headers: list[dict[str, str]] = []
         self.stopped_ids: list[str] = []
+        self.answers_stops = True
         self.num_metadata_calls = 0
         self.num_unary = 0
         self.cancelled = threading.Event()
@@ -124,6 +125,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         request = next(request_iterator)
         if "stop" in [item.name for item in request.inputs]:
             self.stopped_ids.append(request.id)
+            while not self.answers_stops and context.is_active():
+                time.sleep(0.01)
             yield reply(is_final=True)
             return
         self.requests.append(request)

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from minitron_client._blocking import Connection, Responses
 
 _log = logging.getLogger("minitron_client")
+_LEAVE_INTERVAL_S = 0.05
+_CLOSED = "the client was closed while the request ran"
 
 
 class MinitronClient:
@@ -217,8 +219,11 @@ class MinitronClient:
                     worker.result()
             except BaseException:  # Ctrl-C, or on_progress failed: nothing may go on behind the caller's back
                 batch.abandon()
-                for stream in list(running):
-                    stream.close()
+                left = set(workers)
+                while left:
+                    for stream in list(running):
+                        stream.close()
+                    left = wait(left, timeout=_LEAVE_INTERVAL_S).not_done
                 raise
         return batch.results()
 
@@ -285,9 +290,14 @@ class MinitronClient:
             time.sleep(pause_s)
 
     def close(self) -> None:
-        """Cancel what runs and close the channels; may be called twice and from any thread."""
-        for stream in list(self._streams):
-            stream._abandon(ClientClosedError("the client was closed while the request ran"))
+        """Cancel what runs and close the channels; takes a second at most.
+
+        May be called twice and from any thread.
+        """
+        ended = [stream._leave(ClientClosedError(_CLOSED)) for stream in list(self._streams)]
+        stops = [self._open_stop(exchange) for exchange in ended if exchange is not None]
+        for stop in stops:  # all were sent a moment ago, each with a second to go
+            _read_stop(stop)
         with self._lock:
             self._is_closed = True
             connections = list(self._connections.values())
@@ -401,16 +411,19 @@ class MinitronClient:
 
     def _send_stop(self, exchange: Exchange) -> None:
         """Free the slot on the server; takes a second at most, and a failure is only logged."""
+        _read_stop(self._open_stop(exchange))
+
+    def _open_stop(self, exchange: Exchange) -> Responses | None:
         with self._lock:
             metadata = self._metadata.get((exchange.url, self.model))
         request = stop_request(metadata, exchange.request_id) if metadata else None
         if request is None:
-            return
+            return None
         try:
-            for _ in self._connection(exchange.url).open(request, STOP_TIMEOUT_S, exchange.headers):
-                pass
+            return self._connection(exchange.url).open(request, STOP_TIMEOUT_S, exchange.headers)
         except MinitronClientError as error:
-            _log.debug("stop of request %s: %s", request.request_id, error)
+            _log.debug("stop of request %s: %s", exchange.request_id, error)
+            return None
 
 
 class TextStream:
@@ -433,7 +446,7 @@ class TextStream:
         exchange.start()
         while self._responses is None and not exchange.has_ended:
             try:
-                self._responses = client._open(exchange)
+                self._responses = self._open()
             except MinitronClientError as error:
                 self._recover(error)
                 if exchange.error is not None:
@@ -467,7 +480,7 @@ class TextStream:
                 raise exchange.error or StopIteration
             try:
                 if self._responses is None:
-                    self._responses = self._client._open(exchange)
+                    self._responses = self._open()
                 response = self._responses.read()
                 if response is not None:
                     chunk = exchange.take(response)
@@ -493,7 +506,9 @@ class TextStream:
     def close(self) -> None:
         """Cancel the request on the server unless it has ended; may be called twice."""
         self._running.discard(self)
-        self._abandon(None)
+        left = self._leave(None)
+        if left is not None:
+            self._client._send_stop(left)
 
     def __enter__(self) -> TextStream:
         return self
@@ -516,13 +531,30 @@ class TextStream:
         if pause_s is not None:
             self._left.wait(pause_s)
 
-    def _abandon(self, error: MinitronClientError | None) -> None:
-        """Leave the request: the caller goes, or the client is closed."""
+    def _open(self) -> Responses:
+        responses = self._client._open(self._exchange)
+        if self._exchange.has_ended:  # left meanwhile
+            responses.cancel()
+            self._client._send_stop(self._exchange)
+        return responses
+
+    def _leave(self, error: MinitronClientError | None) -> Exchange | None:
+        """The caller goes, or the client is closed; the exchange where the server is to be told."""
         if not self._exchange.cancel():
-            return
+            return None
         if error is not None:
             self._exchange.fail(error)
         self._left.set()
-        if self._responses is not None:
-            self._responses.cancel()
-            self._client._send_stop(self._exchange)
+        if self._responses is None:
+            return None
+        self._responses.cancel()
+        return self._exchange
+
+
+def _read_stop(responses: Responses | None) -> None:
+    """Read the answer to a stop to its end; a failure is only logged."""
+    try:
+        for _ in responses or ():
+            pass
+    except MinitronClientError as error:
+        _log.debug("a stop was not answered: %s", error)

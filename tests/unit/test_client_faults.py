@@ -520,6 +520,24 @@ async def test_closing_while_many_run_takes_a_second_at_most_and_fails_them_all(
         await client.generate("hi")
 
 
+def test_close_takes_a_second_at_most_though_no_stop_is_answered(fake: FakeTriton, make: Any) -> None:
+    fake.script = until_cancelled
+    fake.answers_stops = False
+    client = make(fake.url, timeout_s=30)
+    streams = [client.stream("hi") for _ in range(6)]
+    for stream in streams:
+        next(stream)
+    began_s = time.monotonic()
+    client.close()
+    assert time.monotonic() - began_s < 2.5
+    assert soon(lambda: sorted(fake.stopped_ids) == sorted(stream.request_id for stream in streams))
+    for stream in streams:
+        with pytest.raises(ClientClosedError):
+            stream.final()
+    if make is AwaitedClient:
+        client.leave()
+
+
 def test_close_does_not_wait_for_a_server_that_says_nothing(make: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"127.0.0.1:{silent.getsockname()[1]}"
