@@ -1,0 +1,102 @@
+"""TLS and mutual TLS of both clients, before a server in-process with certificates of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+
+from fake_triton import AwaitedClient, FakeTriton, serving_fake
+from minitron_client import InvalidValueError, MinitronClient, ServerConnectionError, TlsConfig
+
+pytestmark = pytest.mark.unit
+
+SERVER_NAME = "triton.example.org"
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files by name: authority, certificates and keys of server and caller, a stranger's authority."""
+    folder = tmp_path_factory.mktemp("pem")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca")
+    trustme.CA().cert_pem.write_to_path(folder / "stranger")
+    for name, identity in (("server", SERVER_NAME), ("caller", "caller@example.org")):
+        made = authority.issue_cert(identity)
+        made.cert_chain_pems[0].write_to_path(folder / f"{name}_cert")
+        made.private_key_pem.write_to_path(folder / f"{name}_key")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(params=[False, True], ids=["tls", "mutual"])
+def is_mutual(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def fake(pem: dict[str, Path], is_mutual: bool) -> Iterator[FakeTriton]:
+    pair = (pem["server_key"].read_bytes(), pem["server_cert"].read_bytes())
+    root = pem["ca"].read_bytes() if is_mutual else None
+    with serving_fake(credentials=grpc.ssl_server_credentials([pair], root, is_mutual)) as triton:
+        yield triton
+
+
+@pytest.fixture(params=[MinitronClient, AwaitedClient], ids=["blocking", "awaited"])
+def make(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_the_right_certificates_are_served(
+    fake: FakeTriton, make: Any, pem: dict[str, Path], is_mutual: bool
+) -> None:
+    own = {"cert_file": pem["caller_cert"], "key_file": pem["caller_key"]} if is_mutual else {}
+    tls = TlsConfig(ca_file=pem["ca"], server_name=SERVER_NAME, **own)
+    with make(fake.url, tls=tls, api_key="k", timeout_s=10) as client:
+        assert client.generate("hi").text == "ok"
+
+
+def test_from_the_environment(
+    fake: FakeTriton, make: Any, pem: dict[str, Path], is_mutual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"CA_FILE": "ca", "CERT_FILE": "caller_cert", "KEY_FILE": "caller_key"}
+    for variable, name in files.items():
+        monkeypatch.setenv(f"MINITRON_TLS_{variable}", str(pem[name]))
+    monkeypatch.setenv("MINITRON_TLS_SERVER_NAME", SERVER_NAME)
+    with make(fake.url, timeout_s=10) as client:
+        assert client.generate("hi").text == "ok"
+
+
+@pytest.mark.parametrize("wrong", ["plain text", "authority", "name", "no certificate"])
+def test_the_wrong_ones_are_no_connection(
+    fake: FakeTriton, make: Any, pem: dict[str, Path], is_mutual: bool, wrong: str
+) -> None:
+    if wrong == "no certificate" and not is_mutual:
+        pytest.skip("this server asks for none")
+    tls = {
+        "plain text": None,
+        "authority": TlsConfig(ca_file=pem["stranger"], server_name=SERVER_NAME),
+        "name": TlsConfig(ca_file=pem["ca"]),
+        "no certificate": TlsConfig(ca_file=pem["ca"], server_name=SERVER_NAME),
+    }[wrong]
+    with (
+        make(fake.url, tls=tls, timeout_s=10, connect_timeout_s=2, max_retries=0) as client,
+        pytest.raises(ServerConnectionError, match=f"no (connection to|answer from) {fake.url}"),
+    ):
+        client.generate("hi")
+    assert fake.requests == []
+
+
+def test_a_file_that_is_no_pem_is_refused_in_one_line(
+    pem: dict[str, Path], tmp_path: Path, make: Any
+) -> None:
+    wrong = tmp_path / "wrong.pem"
+    wrong.write_text("no pem")
+    with (
+        make("127.0.0.1:1", tls=TlsConfig(ca_file=wrong), max_retries=0, connect_timeout_s=2) as client,
+        pytest.raises((ServerConnectionError, InvalidValueError)),
+    ):
+        client.generate("hi")
