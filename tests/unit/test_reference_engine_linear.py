@@ -5,6 +5,8 @@ Run: pytest tests/unit/test_reference_engine_linear.py
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -12,11 +14,13 @@ from fp8_model import round_to_e4m3
 from minitron_build.runtime.reference_engine import StoredLinear, UnsupportedCheckpointError
 from minitron_build.runtime.reference_engine.fp8 import (
     E4M3,
+    FAST_NUMBERS,
     HALF_FACTOR,
     Fp8Scales,
     dequantize,
     has_nan,
     quantize,
+    to_float32,
     to_half,
 )
 from minitron_build.runtime.reference_engine.linear import (
@@ -108,8 +112,25 @@ def test_a_large_vocabulary_is_cut() -> None:
 def test_every_e4m3_number_survives_the_fast_way_back() -> None:
     numbers = ALL_CODES[~ALL_CODES.float().isnan()]
     assert torch.equal(to_half(numbers).float() * HALF_FACTOR, numbers.float())
-    assert torch.equal(dequantize(numbers, 0.25, torch.float32), numbers.float() * 0.25)
-    assert torch.equal(dequantize(numbers, 0.3, torch.bfloat16), (numbers.float() * 0.3).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(127, 2), (2, 3, 5, 254), (2, 1, 700, 128)])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 0.25), (torch.bfloat16, 0.3)])
+def test_dequantised_numbers_are_exact(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
+    all_numbers = ALL_CODES[~ALL_CODES.float().isnan()]
+    numbers = all_numbers.repeat(-(-math.prod(shape) // 254))[: math.prod(shape)].view(shape)
+    out = torch.empty(shape, dtype=dtype)
+    assert torch.equal(dequantize(numbers, scale, out), (numbers.float() * scale).to(dtype))
+
+
+def test_many_numbers_are_widened_exactly_and_nan_stays() -> None:
+    many = ALL_CODES.repeat(FAST_NUMBERS // 128)
+    assert torch.equal(
+        to_float32(many[:FAST_NUMBERS]).nan_to_num(7.5), many[:FAST_NUMBERS].float().nan_to_num(7.5)
+    )
+    numbers = ALL_CODES[:127].repeat(FAST_NUMBERS // 100)
+    assert torch.equal(to_float32(numbers), numbers.float())
+    assert to_float32(torch.ones(3, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_nan_is_seen() -> None:

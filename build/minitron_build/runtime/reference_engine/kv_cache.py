@@ -6,6 +6,8 @@ computes cannot depend on its neighbours.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .config import CheckpointConfig
@@ -15,12 +17,42 @@ from .linear import Compute
 TOKENS_PER_BLOCK = 64
 
 
-class SequenceKvCache:
-    """KV cache of one sequence, one tensor per layer; FP8, one byte a number, or the compute dtype."""
+class Scratch:
+    """Memory for one layer's FP8 keys and values in the compute dtype, used again and again."""
 
-    def __init__(self, config: CheckpointConfig, compute: Compute, num_layers: int, *, is_fp8: bool) -> None:
+    def __init__(self, compute: Compute) -> None:
+        self._flat = torch.empty(0, dtype=compute.dtype, device=compute.device)
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of that shape; whatever was taken before is overwritten with it."""
+        count = math.prod(shape)
+        if count > len(self._flat):
+            self._flat = self._flat.new_empty(count + count // 4)
+        return self._flat[:count].view(shape)
+
+
+class SequenceKvCache:
+    """KV cache of one sequence, one tensor per layer; FP8, one byte a number, or the compute dtype.
+
+    Args:
+        config: of the model.
+        compute: how to compute.
+        num_layers: how many layers write to it.
+        is_fp8: whether keys and values are rounded to E4M3 and kept so.
+        scratch: shared by the caches of a model that computes one sequence's attention at a time.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        compute: Compute,
+        num_layers: int,
+        *,
+        is_fp8: bool,
+        scratch: Scratch | None = None,
+    ) -> None:
         self._num_kv_heads, self._head_size = config.num_key_value_heads, config.head_size
-        self._compute = compute
+        self._compute, self._scratch = compute, scratch or Scratch(compute)
         self._stored_dtype = E4M3 if is_fp8 else compute.dtype
         self._layers = [self._empty(0) for _ in range(num_layers)]
         self._capacity = 0
@@ -71,7 +103,8 @@ class SequenceKvCache:
 
         Returns:
             All keys and all values of the layer, each [1, kv_heads, length + new, head_size], as the cache
-            holds them. `length` itself moves in `advance`, after the last layer.
+            holds them; of an FP8 cache good until the next write to any cache of the same scratch. `length`
+            itself moves in `advance`, after the last layer.
         """
         end = self.length + new.shape[2]
         held = self._layers[layer]
@@ -79,7 +112,8 @@ class SequenceKvCache:
             held[:, :, self.length : end] = new
             return held[:1, :, :end], held[1:, :, :end]
         held[:, :, self.length : end] = quantize(new, scaling_factor)
-        wide = dequantize(held[:, :, :end], scaling_factor, self._compute.dtype)
+        wide = self._scratch.take((2, self._num_kv_heads, end, self._head_size))
+        dequantize(held[:, :, :end], scaling_factor, wide)
         return wide[:1], wide[1:]
 
     def advance(self, num_tokens: int) -> None:

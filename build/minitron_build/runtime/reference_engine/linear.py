@@ -18,7 +18,7 @@ import torch
 
 from .checkpoint import StoredLinear
 from .config import UnsupportedCheckpointError
-from .fp8 import E4M3, HALF_FACTOR, Fp8Scales, quantize, to_half
+from .fp8 import E4M3, HALF_FACTOR, Fp8Scales, quantize, to_float32, to_half
 
 # Ladders of row counts, the best first. One row alone is invariant by construction: it has no neighbours.
 ROW_LADDERS: tuple[tuple[int, ...], ...] = (
@@ -121,7 +121,7 @@ class HalfProjection:
 
     def float32(self, x: torch.Tensor) -> torch.Tensor:
         """See `Projection`."""
-        out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float().contiguous(), self._packed)
+        out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(to_float32(x).contiguous(), self._packed)
         return out.mul_(self._factor)
 
 
@@ -134,7 +134,7 @@ class WidenedProjection:
 
     def float32(self, x: torch.Tensor) -> torch.Tensor:
         """See `Projection`."""
-        wide = x.float()
+        wide = to_float32(x)
         block = max(1, WIDENED_BLOCK_BYTES // (4 * self.num_inputs))
         out = torch.empty(x.shape[0], self.num_outputs)
         widened = torch.empty(min(block, self.num_outputs), self.num_inputs)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .checkpoint import CheckpointReader
 from .config import CheckpointConfig, UnsupportedCheckpointError, read_checkpoint_config
 from .decoder import DecoderLayer, Rows, rms_norm
-from .kv_cache import SequenceKvCache
+from .kv_cache import Scratch, SequenceKvCache
 from .linear import Compute, make_projections, probe_row_ladder
 from .rope import RopeTable, inverse_frequencies
 
@@ -80,6 +80,7 @@ class LlamaModel:
         check_compute(compute_dtype, max_seq_len, self.config)
         self.dtype = COMPUTE_DTYPES[compute_dtype]
         self._compute = Compute(self.dtype, torch.device(device), keeps_fp8_bytes)
+        self._scratch = Scratch(self._compute)
         torch.set_num_threads(num_threads or default_num_threads(self.config))
         reader = CheckpointReader(checkpoint_dir, self.config)
         check_frequencies(reader)
@@ -108,7 +109,9 @@ class LlamaModel:
         """An empty KV cache for one sequence."""
         config = self.config
         is_fp8 = config.quantization.has_fp8_kv_cache
-        return SequenceKvCache(config, self._compute, config.num_hidden_layers, is_fp8=is_fp8)
+        return SequenceKvCache(
+            config, self._compute, config.num_hidden_layers, is_fp8=is_fp8, scratch=self._scratch
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:
