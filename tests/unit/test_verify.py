@@ -6,6 +6,7 @@ Run: pytest tests/unit/test_verify.py
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,9 +143,17 @@ def test_suggestion_names_what_is_fp8_once(fp8: Path) -> None:
 
 
 def test_suggestion_needs_fp8(bf16: Path) -> None:
-    verification = Verification(VerifyRequest("demo", bf16, DEMO, **FEW), no_progress)
     with pytest.raises(RefusedError, match="no linear layer of the candidate is FP8"):
-        suggest(verification.models, verification.eval_set.sequences, no_progress)
+        verify(VerifyRequest("demo", bf16, DEMO, **FEW, has_suggestion=True))
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1e4])
+def test_numbers_out_of_bounds_fail_and_stay_json(broken: Path, factor: float) -> None:
+    scale(broken, "transformer.ln_f.weight", factor)
+    result = verify(VerifyRequest("broken", broken, DEMO, **FEW, skipped=NO_PARTS))
+    assert {"perplexity_rise", "mean_kl", "p99_kl"} <= failed(result)
+    text = json.dumps(result.as_dict(), allow_nan=False)
+    assert json.loads(text)["checks"]["perplexity_rise"]["found"] is None
 
 
 def no_progress(what: str, done: int, total: int) -> None:

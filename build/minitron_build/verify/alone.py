@@ -6,7 +6,6 @@ own KV cache. It says nothing of what a conversion cost: that takes the source.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from minitron_build.verify.gate import REPEAT_TOKENS
 from minitron_build.verify.result import VerifyResult
 from minitron_build.verify.side_by_side import LOGIT_ROWS
+from minitron_build.verify.statistics import perplexity
 from minitron_build.verify.thresholds import FP8, Thresholds
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ def verify_alone(
     head = model.output_head()
     evaluated = zip(eval_set.sequences, hidden[:-2], strict=True)
     nll = torch.cat([part for ids, rows in evaluated for part in _nll(head, ids, rows)])
-    perplexity = math.exp(float(nll.double().mean()))
+    found = perplexity(nll.double().cpu().numpy())
     once, again = (head.logits(rows[half:]) for rows in hidden[-2:])
     difference = float((once - again).abs().max())
     facts = {
-        "eval": {**eval_set.as_dict(), "candidate_perplexity": perplexity},
+        "eval": {**eval_set.as_dict(), "candidate_perplexity": found},
         "repeat_prompt": {"tokens": len(prompt), "reused_tokens": half},
         "seconds": round(time.monotonic() - started_s, 2),
     }
     checks = (Thresholds(FP8, thresholds).check("repeat_difference", difference),)
-    note = f"perplexity {perplexity:.4g} on the held-out text, held against nothing"
+    note = f"perplexity {found:.4g} on the held-out text, held against nothing"
     return VerifyResult(str(path), None, checks, facts, dict.fromkeys(NEED_SOURCE, NO_SOURCE), (note,))
 
 

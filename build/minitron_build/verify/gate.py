@@ -34,7 +34,7 @@ from minitron_build.verify.side_by_side import (
     run_side_by_side,
 )
 from minitron_build.verify.statistics import TokenComparison, compare_rows
-from minitron_build.verify.suggest import suggest
+from minitron_build.verify.suggest import check_has_fp8, suggest
 from minitron_build.verify.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ class Verification:
             max_tokens=max_tokens,
             arithmetic=request.arithmetic,
         )
+        if request.has_suggestion:
+            check_has_fp8(self.models)
         self.tokenizer = open_tokenizer(request.source_dir)
         self.thresholds = Thresholds(self.models.kind, request.thresholds)
         self.eval_set = self._read_eval_set()

@@ -5,6 +5,7 @@ It knows no models. Written for people as a table, for machines as one JSON docu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class VerifyResult:
             "passed": self.passed,
             "checks": {check.name: check.as_dict() for check in self.checks},
             "skipped": dict(self.skipped),
-            **self.facts,
+            **_json_value(self.facts),
         }
 
     def lines(self) -> Iterator[str]:
@@ -88,3 +89,12 @@ class VerifyResult:
             {**self.skipped, **other.skipped},
             self.notes + other.notes,
         )
+
+
+def _json_value(value: Any) -> Any:
+    """The value with null for every number that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {name: _json_value(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

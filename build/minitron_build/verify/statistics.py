@@ -44,17 +44,18 @@ class TokenComparison:
     @property
     def source_perplexity(self) -> float:
         """Exp of the mean negative log-likelihood."""
-        return _perplexity(self.source_nll)
+        return perplexity(self.source_nll)
 
     @property
     def candidate_perplexity(self) -> float:
         """Exp of the mean negative log-likelihood."""
-        return _perplexity(self.candidate_nll)
+        return perplexity(self.candidate_nll)
 
     @property
     def perplexity_rise(self) -> float:
         """How much worse the candidate predicts, as a fraction of the source's perplexity."""
-        return math.expm1(float(self.candidate_nll.mean() - self.source_nll.mean()))
+        with np.errstate(over="ignore"):
+            return float(np.expm1(self.candidate_nll.mean() - self.source_nll.mean()))
 
     @property
     def mean_kl(self) -> float:
@@ -80,7 +81,7 @@ class TokenComparison:
             inside = (self.positions >= start) & (self.positions < start + width)
             if inside.any():
                 rows.append(
-                    (start, _perplexity(self.source_nll[inside]), _perplexity(self.candidate_nll[inside]))
+                    (start, perplexity(self.source_nll[inside]), perplexity(self.candidate_nll[inside]))
                 )
         return rows
 
@@ -92,8 +93,10 @@ class TokenComparison:
         return cls(*(np.concatenate([getattr(part, name) for part in listed]) for name in names))
 
 
-def _perplexity(nll: Numbers) -> float:
-    return float(np.exp(nll.mean()))
+def perplexity(nll: Numbers) -> float:
+    """Exp of the mean negative log-likelihood; infinite where that is too large for a float."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll.mean()))
 
 
 def compare_rows(
@@ -107,7 +110,7 @@ def compare_rows(
         first_position: of the first row.
     """
     source_log, candidate_log = source.log_softmax(-1), candidate.log_softmax(-1)
-    wanted = next_ids[:, None]
+    wanted = next_ids.to(source.device)[:, None]
     arrays = (
         -source_log.gather(1, wanted)[:, 0],
         -candidate_log.gather(1, wanted)[:, 0],

@@ -117,20 +117,25 @@ class Suggestion:
         }
 
 
+def check_has_fp8(models: ModelPair) -> None:
+    """Refuse a candidate without anything that could be left out of FP8.
+
+    Raises:
+        RefusedError: its linear layers are not FP8.
+    """
+    if models.candidate.source.config.quantization.quant_algo is None:
+        raise RefusedError("--suggest: no linear layer of the candidate is FP8", todo="leave it out")
+
+
 def suggest(models: ModelPair, sequences: Sequence[Ids], progress: Progress) -> Suggestion:
     """Rank the FP8 modules of the candidate.
 
     Args:
         sequences: held-out ids; the beginnings of the first ones are used.
-
-    Raises:
-        RefusedError: nothing in the candidate is FP8.
     """
     num_windows = VARIANT_TOKENS // (len(UNITS) * models.source.num_layers * WINDOW_TOKENS)
     windows = [ids[:WINDOW_TOKENS] for ids in sequences[: max(1, min(num_windows, MAX_WINDOWS))]]
     source_log, units = _units_alone(models, windows, progress)
-    if not units:
-        raise RefusedError("--suggest: no linear layer of the candidate is FP8", todo="leave it out")
     ranked = tuple(sorted(units, key=lambda unit: unit.kl_per_byte, reverse=True))
     chosen = ranked[:NUM_CHOSEN]
     before, after = _candidate_kl(models, windows, chosen, source_log, progress)

@@ -108,9 +108,9 @@ LIMITS: tuple[Limit, ...] = (
           _always(1.0), _ENGINE),
     Limit("served_log_prob", "served log-probabilities' mean difference", "nats", True,
           _always(0.1), _ENGINE),
-    Limit("served_long_prompt", "the same behind the long prompt", "nats", True,
+    Limit("served_long_prompt", "log-probabilities' mean difference, long prompt", "nats", True,
           _always(0.2), _ROPE),
-    Limit("served_repeat", "the same between a prompt and its repetition", "nats", True,
+    Limit("served_repeat", "log-probabilities' largest difference, repetition", "nats", True,
           _always(0.05), _REUSE),
 )  # fmt: skip
 """Every number that is judged; a defect of a bf16 candidate is always the conversion's."""

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         _check_gpu()
     result = _verified(args)
     print("\n".join(result.lines()))
-    text = json.dumps(result.as_dict())
+    text = json.dumps(result.as_dict(), allow_nan=False)
     if args.json is not None:
         args.json.write_text(text + "\n", encoding="utf-8")
     if args.html is not None:
