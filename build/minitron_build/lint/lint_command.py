@@ -1,7 +1,8 @@
 """`minitron lint`: what is wrong with a TensorRT-LLM model repository, before Triton is started on it.
 
 Works on any repository of that layout, NVIDIA's templates included, filled or not. It knows how findings are
-shown and what they do to the exit code; the checks are in lint_checks.py and lint_pipeline.py.
+shown and what they do to the exit code; the checks are in lint_checks.py and lint_pipeline.py, those of the
+server's command line in lint_server.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from minitron_build.lint.lint_checks import ERROR, Finding, lint_model
 from minitron_build.lint.lint_pipeline import lint_pipeline
+from minitron_build.lint.lint_server import ServerCommand, lint_server
 from minitron_build.lint.triton_repository import TritonRepository
 
 EXIT_CLEAN, EXIT_ERRORS = 0, 1
@@ -31,6 +33,11 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-paths", action="store_true", help="the paths are of another machine: follow none of them"
     )
+    parser.add_argument(
+        "--command",
+        metavar="TEXT",
+        help="the tritonserver command line that serves it: warns of what it leaves open",
+    )
     parser.add_argument("--json", action="store_true", help="end with the findings as one JSON document")
 
 
@@ -40,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         args.model_repo, working_dir=args.working_dir, has_paths=not args.skip_paths
     )
     findings = lint(repository)
+    if args.command is not None:
+        findings += lint_server(ServerCommand.parse(args.command))
     for finding in findings:
         print(finding)
     num_errors = sum(finding.severity == ERROR for finding in findings)
