@@ -102,8 +102,12 @@ class ResponseReader:
         """A response message as plain values; the raw contents stand in the order of the outputs.
 
         Raises:
-            ProtocolError: outputs and contents do not add up.
+            ProtocolError: outputs and contents do not add up, or it answers another request.
         """
+        if message.id != self._request_id and message.id and self._request_id:
+            raise ProtocolError(
+                f"{self._url} sent a response to request {message.id} instead", request_id=self._request_id
+            )
         listed, contents = message.outputs, message.raw_output_contents
         if len(listed) != len(contents):
             raise ProtocolError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 import weakref
@@ -320,7 +321,10 @@ class AsyncMinitronClient:
             raise ClientClosedError("the client was closed while it asked what the server has")
         if not task.done():
             raise small_call_error("DEADLINE_EXCEEDED", "", key[0], limit_s)
-        answer: _T = task.result()
+        try:
+            answer: _T = task.result()
+        except MinitronClientError as error:  # each that waits has a request id of its own
+            raise copy.copy(error) from None
         known[key] = answer
         return answer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import socket
 import threading
 import time
@@ -324,8 +325,9 @@ def test_responses_after_the_last_and_an_error_after_it(fake: FakeTriton, client
         lambda answer: answer.raw_output_contents.__setitem__(0, b"\2\0\0\0\xff\xfe"),
         lambda answer: answer.raw_output_contents.append(b"more"),
         lambda answer: answer.outputs[0].shape.append(7),
+        lambda answer: setattr(answer, "id", "another"),
     ],
-    ids=["no datatype", "length", "no UTF-8", "contents too many", "shape"],
+    ids=["no datatype", "length", "no UTF-8", "contents too many", "shape", "another's answer"],
 )
 def test_garbage_in_a_response_is_a_protocol_error_and_stops_the_server(
     fake: FakeTriton, client: Any, spoil: Callable[[Any], Any]
@@ -486,6 +488,19 @@ async def test_a_thousand_at_once_ask_for_the_metadata_once(fake: FakeTriton) ->
         results = await asyncio.gather(*(client.generate("hi") for _ in range(200)))
     assert {result.text for result in results} == {"ok"}
     assert fake.num_metadata_calls == 1
+
+
+async def test_each_of_many_that_fail_together_has_its_own_error() -> None:
+    async with AsyncMinitronClient("127.0.0.1:1", timeout_s=5, max_retries=0) as client:
+        asked = (client.generate("hi", request_id=f"r{number}") for number in range(20))
+        errors = await asyncio.gather(*asked, return_exceptions=True)
+    assert [getattr(error, "request_id", error) for error in errors] == [f"r{number}" for number in range(20)]
+
+
+def test_errors_survive_a_trip_between_processes() -> None:
+    error = OverloadedError("full", code="UNAVAILABLE", request_id="r1", advice="wait")
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied), copied.advice) == (OverloadedError, str(error), "wait")
 
 
 async def test_a_cancelled_task_cancels_on_the_server_and_leaves_no_task(fake: FakeTriton) -> None:
