@@ -35,7 +35,7 @@ def verify_alone(
     import torch
 
     started_s = time.monotonic()
-    prompt = eval_set.long_prompt(REPEAT_TOKENS)
+    prompt = eval_set.long_prompt(min(REPEAT_TOKENS, model.source.config.max_position_embeddings))
     sequences, half = [*eval_set.sequences, prompt, prompt], len(prompt) // 2
     hidden = model.through(
         sequences,

@@ -13,7 +13,7 @@ from typing import Any
 from minitron_build.bundle.bundle import Bundle
 from minitron_build.bundle.manifest import MANIFEST_NAME, digest_file
 from minitron_build.checkpoint.trtllm_checkpoint import CONVERSION_NAME, FileDigest, TrtllmCheckpoint
-from minitron_build.errors import CheckpointError, RefusedError
+from minitron_build.errors import CheckpointError, MachineError, RefusedError
 from minitron_build.source.hub import DEMO, HUB_ID, resolve_checkpoint
 from minitron_build.source.model_config import read_json_object
 
@@ -89,17 +89,25 @@ class Target:
             RefusedError: nothing was given, and what is recorded cannot be found on this machine.
         """
         if against is not None:
-            return resolve_checkpoint(against).hf_dir
+            return _given_source(against)
         if self.source_name == DEMO:
             return resolve_checkpoint(DEMO).hf_dir
         if self.source_name is not None and HUB_ID.fullmatch(self.source_name):
-            return resolve_checkpoint(self.source_name, self.revision).hf_dir
+            return self._hub_source(self.source_name)
         recorded = f"only the name of its source is known ({self.source_name})"
         raise RefusedError(
             recorded if self.source_name else "does not say where its source is",
             where=str(self.path),
             todo=f"{GIVE_SOURCE}; or --skip-source for the checks that need none",
         )
+
+    def _hub_source(self, repo: str) -> Path:
+        try:
+            return resolve_checkpoint(repo, self.revision).hf_dir
+        except MachineError as error:
+            raise RefusedError(
+                f"its source {repo}: {error.found}", where=str(self.path), todo=GIVE_SOURCE
+            ) from None
 
     def differences(self, source_dir: Path) -> list[str]:
         """How a source differs from the recorded one, one sentence a file."""
@@ -108,6 +116,14 @@ class Target:
             for name, digest in (self.sources or {}).items()
             if (what := _difference(source_dir / name, digest))
         ]
+
+
+def _given_source(against: str) -> Path:
+    try:
+        return resolve_checkpoint(against).hf_dir
+    except CheckpointError as error:  # it speaks of the flag of `minitron build`
+        where = error.where.replace("--checkpoint", "--against", 1)
+        raise CheckpointError(error.found, expected=error.expected, where=where, todo=error.todo) from None
 
 
 def _bundle_target(path: Path) -> Target:

@@ -117,6 +117,7 @@ def _against_source(args: argparse.Namespace, target: Target, progress: Progress
 
 def _without_source(args: argparse.Namespace, target: Target, progress: Progress) -> VerifyResult:
     from minitron_build.verify.alone import verify_alone
+    from minitron_build.verify.gate import REPEAT_TOKENS
 
     if target.tokenizer_dir is None:
         raise RefusedError(
@@ -124,9 +125,8 @@ def _without_source(args: argparse.Namespace, target: Target, progress: Progress
             where=str(args.path),
             todo=f"name its bundle, or {GIVE_SOURCE}",
         )
-    model = open_reference(
-        target.needed_checkpoint(), max_tokens=args.eval_seq_len, arithmetic=_arithmetic(args)
-    )
+    max_tokens = max(args.eval_seq_len, REPEAT_TOKENS)
+    model = open_reference(target.needed_checkpoint(), max_tokens=max_tokens, arithmetic=_arithmetic(args))
     eval_set = _eval_set(args, model, open_tokenizer(target.tokenizer_dir))
     return verify_alone(args.path, model, eval_set, given_thresholds(args), progress)
 
