@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -160,19 +161,27 @@ class OpenDoor:
 
 @asynccontextmanager
 async def open_door(
-    client: PlayingClient, *, tokenizer_dir: Path | None = None, **settings: Any
+    client: PlayingClient,
+    *,
+    tokenizer_dir: Path | None = None,
+    tls: tuple[Path, Path, Path] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[OpenDoor]:
+    """A door; `tls` is certificate, key and the authority behind them."""
+
     async def load() -> ServedTokenizer:
         assert tokenizer_dir is not None, "this test gave no tokenizer"
         return read_tokenizer_dir(tokenizer_dir)
 
     door = Door(client, DoorSettings(**{"model": MODEL, "served_names": (MODEL,)} | settings), load)
-    where = HttpSettings("127.0.0.1", 0, drain_timeout_s=5)
+    cert, key, authority = tls or (None, None, None)
+    where = HttpSettings("127.0.0.1", 0, drain_timeout_s=5, tls_cert=cert, tls_key=key)
+    trusted: Any = ssl.create_default_context(cafile=authority) if authority else True
     with listen(where) as listening:
         server = make_server(make_app(door), where)
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:
-            async with httpx.AsyncClient(timeout=10, trust_env=False) as http:
+            async with httpx.AsyncClient(timeout=10, trust_env=False, verify=trusted) as http:
                 yield OpenDoor(url_of(where, listening), door, client, http, server)
         finally:
             server.should_exit = True

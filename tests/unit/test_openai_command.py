@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from minitron_client.openai import openai_command
 from minitron_client.openai.api_keys import KEYS_VARIABLE
 from minitron_client.openai.chat import DEFAULT_CHAT_TOKENS
 from minitron_client.openai.door import MAX_BODY_BYTES, REQUEST_TIMEOUT_S
+from minitron_client.openai.http_server import LOOPBACK
 from minitron_client.settings import DEFAULT_MODEL
 
 RUN = "import sys; from minitron_build.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -84,3 +86,10 @@ def test_a_process(number: signal.Signals, code: int, tmp_path: Path) -> None:
         err = process.stderr.read()
     assert "Traceback" not in err
     assert key not in err
+
+
+def test_which_names_the_door_answers_to() -> None:
+    parser = argparse.ArgumentParser()
+    openai_command.configure_parser(parser)
+    for flags, expected in (([], LOOPBACK), (["--allow-anonymous"], frozenset())):
+        assert openai_command._settings(parser.parse_args(flags)).host_names == expected

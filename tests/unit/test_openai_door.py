@@ -13,12 +13,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import trustme
 from openai_door import MODEL, OpenDoor, PlayingClient, open_door, words
 
 from minitron_client import Chunk, MinitronClientError, errors
 from minitron_client.errors import InternalError, InvalidValueError
 from minitron_client.openai.api_errors import TABLE, api_error
 from minitron_client.openai.api_keys import KEYS_VARIABLE, ApiKeys, read_api_keys
+from minitron_client.openai.http_server import LOOPBACK
 
 KEY = "correct-horse-battery-staple"
 
@@ -379,6 +381,30 @@ async def test_an_address_that_is_taken(door: OpenDoor) -> None:
     port = int(httpx.URL(door.url).port or 0)
     with pytest.raises(InvalidValueError, match=f"cannot listen on 127.0.0.1:{port}: "):
         listen(HttpSettings("127.0.0.1", port, 1))
+
+
+async def test_https(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    made = authority.issue_cert("127.0.0.1")
+    cert, key, trusted = (tmp_path / name for name in ("cert.pem", "key.pem", "ca.pem"))
+    made.cert_chain_pems[0].write_to_path(cert)
+    made.private_key_pem.write_to_path(key)
+    authority.cert_pem.write_to_path(trusted)
+    async with open_door(PlayingClient(), tls=(cert, key, trusted)) as door:
+        assert door.url.startswith("https://127.0.0.1:")
+        assert (await door.post(prompt="x")).json()["choices"][0]["text"] == "abc"
+
+
+async def test_another_name_is_turned_away() -> None:
+    """A page elsewhere may make its name point here; a door without keys answers to its own names only."""
+    async with open_door(PlayingClient(), host_names=LOOPBACK) as door:
+        for path in ("/", "/metrics", "/health", "/v1/models"):
+            for host in ("evil.example", "evil.example:9000", "127.0.0.1.evil.example", "", "[::2]:1"):
+                answer = await door.http.get(f"{door.url}{path}", headers={"host": host})
+                assert answer.status_code == 403
+                assert answer.json()["error"]["code"] == "wrong_host"
+            for host in ("127.0.0.1:1", "localhost", "LOCALHOST:9000", "[::1]:9000"):
+                assert (await door.http.get(f"{door.url}{path}", headers={"host": host})).status_code == 200
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")

@@ -54,6 +54,8 @@ def make_app(door: Door) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_failure)
     app.add_middleware(_Measured, metrics=door.metrics)
+    if door.settings.host_names:
+        app.add_middleware(_NamedRightly, names=door.settings.host_names)
     return app
 
 
@@ -137,6 +139,34 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
     """A failure of the door itself; Starlette logs its traceback."""
     said = ApiError("the door failed; see its log", 500, "server_error", None, "internal_error")
     return JSONResponse(said.body(), 500)
+
+
+class _NamedRightly:
+    """Turns away requests for another host's name.
+
+    A page of another site can make its own name point here (DNS rebinding), and is then same-origin with a
+    door that asks for no key; but its requests still carry that name.
+    """
+
+    def __init__(self, app: ASGIApp, names: frozenset[str]) -> None:
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a rightly named request on."""
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+            if name not in self._names:
+                said = ApiError(
+                    f"this door is not {name or 'nameless'}; without API keys it answers to "
+                    f"{', '.join(sorted(self._names))} only",
+                    403,
+                    "permission_error",
+                    code="wrong_host",
+                )
+                await JSONResponse(said.body(), said.status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _Measured:

@@ -49,6 +49,7 @@ class DoorSettings:
         timeout_s: deadline of each choice.
         default_chat_tokens: tokens of a chat answer where the request does not say.
         max_body_bytes: the largest body that is read.
+        host_names: names that requests may call the door by; none: any.
     """
 
     model: str
@@ -57,6 +58,7 @@ class DoorSettings:
     timeout_s: float = REQUEST_TIMEOUT_S
     default_chat_tokens: int = DEFAULT_CHAT_TOKENS
     max_body_bytes: int = MAX_BODY_BYTES
+    host_names: frozenset[str] = frozenset()
 
 
 class Door:

@@ -49,8 +49,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help=f"keys that are accepted, one a line (default: those in ${KEYS_VARIABLE})",
     )  # fmt: skip
     parser.add_argument(
-        "--allow-anonymous", action="store_true", help="listen beyond this machine without any API key"
-    )
+        "--allow-anonymous", action="store_true",
+        help="let anybody in without an API key: from beyond this machine, and by any host name",
+    )  # fmt: skip
     parser.add_argument(
         "--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate chain (PEM)"
     )
@@ -110,6 +111,7 @@ def _settings(args: argparse.Namespace) -> DoorSettings:
         timeout_s=args.timeout_s,
         default_chat_tokens=args.default_chat_tokens,
         max_body_bytes=args.max_body_bytes,
+        host_names=frozenset() if keys or args.allow_anonymous else LOOPBACK,
     )
 
 
