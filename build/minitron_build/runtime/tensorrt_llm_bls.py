@@ -386,7 +386,6 @@ def _deadline_s(arrival: _Arrival) -> float | None:
 def _engine_outputs(asked: TextRequest) -> list[str]:
     return [
         "output_ids",
-        "sequence_length",
         *(name for name, flag in ENGINE_ON_FLAG.items() if flag in asked.flags),
     ]
 

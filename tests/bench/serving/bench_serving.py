@@ -10,6 +10,7 @@ The same requests go to `tensorrt_llm` itself (the bare decoupled model), to `te
     paced     a step every 10 ms, as a GPU's would be
     triton    no link: one response per token from model to model, as with TensorRT-LLM's backend
     triton-4  the same with four processes of each text model
+    demo      no null engine: the demo model on this machine's cores; token ids beside the text, to count by
 Times are the client's, on the same machine as the server. NVIDIA's own templates are not part of this: their
 numbers, from another day and by the same method, are printed beside as quoted. The last line of stdout is one
 JSON document.
@@ -32,13 +33,15 @@ from typing import Any
 from load import Figures, Load, TokenCounter, text_request, token_request
 from null_repo import NullSettings, build_once, script_texts, serving, write_null_repo
 
-CASES = {
+CASES: dict[str, NullSettings | None] = {
     "link": NullSettings(),
     "one-each": NullSettings(runs_ahead=False),
     "paced": NullSettings(step_s=0.01),
     "triton": NullSettings(link=False),
     "triton-4": NullSettings(link=False, instances=4),
+    "demo": None,
 }
+"""None: the reference engine, as in the bundle."""
 PATHS = ("tensorrt_llm", "tensorrt_llm_bls", "ensemble")
 TTFT_REQUESTS = 100
 UNARY_REQUESTS = 200
@@ -47,10 +50,10 @@ NVIDIA_BLS = {1: "1292-1504", 8: "1367-2260", 64: "1367-1927"}
 """Tokens per second, one to four instances, measured elsewhere on two cores with the same kind of engine."""
 
 
-def make_request(path: str, num_tokens: int, *, stream: bool) -> Callable[[], Any]:
+def make_request(path: str, num_tokens: int, *, stream: bool, with_ids: bool = False) -> Callable[[], Any]:
     if path == "tensorrt_llm":
         return partial(token_request, num_tokens, stream=stream)
-    return partial(text_request, path, num_tokens, stream=stream)
+    return partial(text_request, path, num_tokens, stream=stream, with_ids=with_ids)
 
 
 def median(runs: list[Figures]) -> Figures:
@@ -58,27 +61,32 @@ def median(runs: list[Figures]) -> Figures:
     return sorted(runs, key=lambda run: run.tokens_per_s)[len(runs) // 2]
 
 
-async def measure(load: Load, texts: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    counter = TokenCounter(texts, args.tokens)
+async def measure(load: Load, texts: list[str] | None, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one server; `texts` None: what it says is not known before."""
+    counter, with_ids = TokenCounter(texts, args.tokens) if texts else None, texts is None
     counters = {path: None if path == "tensorrt_llm" else counter for path in PATHS}
     for path in PATHS:  # the first request after a start is slower
-        await load.run(path, make_request(path, args.tokens, stream=True), 2, counters[path])
+        make = make_request(path, args.tokens, stream=True, with_ids=with_ids)
+        await load.run(path, make, 2, counters[path])
     streams = []
     for num_streams in args.streams:
         runs: dict[str, list[Figures]] = {path: [] for path in PATHS}
         for _ in range(args.repeats):
             for path in PATHS:
-                make = make_request(path, args.tokens, stream=True)
+                make = make_request(path, args.tokens, stream=True, with_ids=with_ids)
                 runs[path].append(await load.run(path, make, num_streams, counters[path]))
         streams += [asdict(median(of_path)) for of_path in runs.values()]
-    return {"streams": streams, **await measure_single(load, counters), **await measure_unary(load)}
+    single = await measure_single(load, counters, with_ids=with_ids)
+    return {"streams": streams, **single, **await measure_unary(load)}
 
 
-async def measure_single(load: Load, counters: dict[str, TokenCounter | None]) -> dict[str, Any]:
+async def measure_single(
+    load: Load, counters: dict[str, TokenCounter | None], *, with_ids: bool
+) -> dict[str, Any]:
     waits: dict[str, list[float]] = {path: [] for path in PATHS}
     for _ in range(4):
         for path in PATHS:
-            make = make_request(path, 4, stream=True)
+            make = make_request(path, 4, stream=True, with_ids=with_ids)
             waits[path] += await load.first_token_ms(make, counters[path], TTFT_REQUESTS // 4)
     return {"ttft_alone_ms": {path: statistics.median(found) for path, found in waits.items()}}
 
@@ -136,13 +144,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         bundle = build_once(Path(name), args.checkpoint)
         for case in args.case:
-            repo = write_null_repo(bundle, Path(name, case), CASES[case])
+            settings = CASES[case]
+            repo = write_null_repo(bundle, Path(name, case), settings) if settings else bundle / "model_repo"
             with serving(repo) as server:
 
-                async def measured(server: Any = server) -> dict[str, Any]:
+                async def measured(server: Any = server, settings: Any = settings) -> dict[str, Any]:
                     load = Load(server.grpc_url, server.pid)
                     try:
-                        return await measure(load, script_texts(bundle), args)
+                        return await measure(load, script_texts(bundle) if settings else None, args)
                     finally:
                         await load.close()
 

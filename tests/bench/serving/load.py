@@ -83,7 +83,9 @@ def _packed(dtype: str, item: Any) -> bytes:
     return struct.pack(DTYPES[dtype], item)
 
 
-def text_request(model: str, num_tokens: int, *, stream: bool = True) -> service_pb2.ModelInferRequest:
+def text_request(
+    model: str, num_tokens: int, *, stream: bool = True, with_ids: bool = False
+) -> service_pb2.ModelInferRequest:
     values = {
         "text_input": ("BYTES", PROMPT.encode()),
         "max_tokens": ("INT32", num_tokens),
@@ -91,6 +93,8 @@ def text_request(model: str, num_tokens: int, *, stream: bool = True) -> service
         "exclude_input_in_output": ("BOOL", True),
         "end_id": ("INT32", -1),
     }
+    if with_ids:
+        values["return_output_ids"] = ("BOOL", True)
     return message(model, values)
 
 
@@ -123,7 +127,7 @@ class TokenCounter:
 async def stream(
     stub: Any, request: service_pb2.ModelInferRequest, counter: TokenCounter | None
 ) -> StreamTimes:
-    """One streamed answer, read to the end of its call; `counter` None: an answer of token ids."""
+    """One streamed answer, read to the end of its call; `counter` None: tokens are counted by their ids."""
 
     async def one() -> AsyncIterator[service_pb2.ModelInferRequest]:
         yield request
