@@ -17,7 +17,6 @@ layer put together from two: `runner.run_stored(dataclasses.replace(fp8_layer, q
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +27,7 @@ from .checkpoint import CheckpointReader, ModelSource, StoredLayer
 from .config import CheckpointConfig, read_checkpoint_config
 from .decoder import DecoderLayer, Rows, rms_norm
 from .kv_cache import SequenceKvCache
-from .linear import Compute, make_projections
+from .linear import LOADING_THREADS, Compute, make_projections
 from .llama import COMPUTE_DTYPES, PREFILL_CHUNK_TOKENS, check_compute, check_frequencies, default_num_threads
 from .rope import RopeTable
 
@@ -148,7 +147,7 @@ class LoadedLayer:
     ) -> None:
         self._config, self._compute, self._rope = config, compute, rope
         self._is_fp8_cache = stored.kv_cache_scale is not None
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
             self._layer = DecoderLayer(config, stored, compute, cache_index=0, each=pool.map)
 
     @torch.inference_mode()

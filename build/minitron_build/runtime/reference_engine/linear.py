@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,6 +39,8 @@ MAX_OUTPUTS_PER_PROJECTION = 16384
 # The exponent that a float16 weight's largest number is brought to; float16 ends at 15.
 HALF_EXPONENT = 14
 CPU = torch.device("cpu")
+# Laying a weight out for products keeps one core busy, and takes twice its memory meanwhile.
+LOADING_THREADS = min(os.cpu_count() or 1, 4)
 # GPUs from Ada on multiply FP8 numbers in their tensor cores.
 FP8_COMPUTE_CAPABILITY = (8, 9)
 

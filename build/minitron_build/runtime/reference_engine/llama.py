@@ -18,7 +18,7 @@ from .checkpoint import CheckpointReader
 from .config import CheckpointConfig, UnsupportedCheckpointError, read_checkpoint_config
 from .decoder import DecoderLayer, Rows, rms_norm
 from .kv_cache import Scratch, SequenceKvCache
-from .linear import Compute, make_projections, probe_row_ladder
+from .linear import LOADING_THREADS, Compute, make_projections, probe_row_ladder
 from .rope import RopeTable, inverse_frequencies
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,14 +95,14 @@ class LlamaModel:
         self.row_ladder = probe_row_ladder([*projections, *self._lm_head], self._compute.device)
 
     def _load_layers(self, reader: CheckpointReader) -> list[DecoderLayer]:
-        """All layers, several at a time: laying a weight out for products keeps one core busy each."""
+        """All layers, several at a time."""
 
         def load(index: int) -> DecoderLayer:
             layer = DecoderLayer(self.config, reader.layer(index), self._compute, index)
             reader.release()  # so that the file's pages do not pile up beside the weights
             return layer
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
             return list(pool.map(load, range(self.config.num_hidden_layers)))
 
     def new_cache(self) -> SequenceKvCache:
