@@ -109,6 +109,11 @@ def test_dropped_rope_scaling_shows_at_the_long_prompt_only(broken: Path, edit_j
     assert "RoPE" in result.failure
 
 
+def test_short_form_compares_rope_where_it_runs_no_long_prompt(broken: Path, edit_json: EditJson) -> None:
+    edit_json(broken / "config.json", {"rotary_scaling": None})
+    assert failed(short_verify(broken, DEMO)) == {"rope_difference"}
+
+
 @pytest.mark.parametrize(
     ("module", "factor_name", "factor"),
     [

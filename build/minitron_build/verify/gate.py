@@ -26,7 +26,7 @@ from minitron_build.verify.golden_prompts import (
     continuation_tokens,
     greedy_continuations,
 )
-from minitron_build.verify.models import Arithmetic, open_models
+from minitron_build.verify.models import Arithmetic, open_models, rope_difference
 from minitron_build.verify.result import GOLDEN, LONG, PARTS, REPEAT, VerifyResult
 from minitron_build.verify.side_by_side import (
     SideBySide,
@@ -160,6 +160,8 @@ class Verification:
         findings = [_judge_eval(passed, self.eval_set), _judge_layers(passed)]
         if long:
             findings.append(_judge_long_prompt(passed, len(eval_ids) + len(golden), long[0]))
+        else:
+            findings.append(Finding({"rope_difference": rope_difference(models)}, {}))
         if golden:
             findings.append(self._judge_golden(passed, len(eval_ids), continuations))
         if repeated:

@@ -112,6 +112,17 @@ def open_reference(model_dir: Path, *, max_tokens: int, arithmetic: Arithmetic) 
         raise CheckpointError(str(error)) from None
 
 
+def rope_difference(models: ModelPair) -> float:
+    """Largest difference between the two models' RoPE frequencies, as a fraction of the source's.
+
+    Where no long prompt is run, nothing else would show a wrong base or a dropped scaling.
+    """
+    from minitron_build.runtime.reference_engine.rope import inverse_frequencies
+
+    source, candidate = (inverse_frequencies(one.source.config) for one in (models.source, models.candidate))
+    return float(((candidate - source).abs() / source).max())
+
+
 def _kind(source: CheckpointConfig, candidate: CheckpointConfig) -> str:
     quantization = candidate.quantization
     if quantization.quant_algo is not None or quantization.has_fp8_kv_cache:

@@ -98,6 +98,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit("layer_snr", "worst layer's signal-to-noise", "dB", False, _by_kind(80, 35, 10), _SUGGEST),
     Limit("long_prompt_kl", "KL divergence behind the long prompt", "nats", True,
           _by_kind(1e-5, 0.02, 0.05), _ROPE),
+    Limit("rope_difference", "RoPE frequencies' largest difference", "%", True, _always(1e-5), _ROPE),
     Limit("golden_gap", "logit gap at a golden prompt's first difference", "logits", True,
           _by_kind(0.001, 0.2, 1.0), _SUGGEST),
     Limit("repeat_difference", "repeated prompt's largest logit difference", "logits", True,
