@@ -191,7 +191,6 @@ async def test_first_text_and_counts_are_noted(server: PlayedServer) -> None:
     run = await drive(server, closed(1), Extent(1, warmup_requests=0))
     (record,) = run.records
     assert record.first_text == 1
-    assert list(record.tokens_so_far) == [1, 2, 3, 4]
     assert record.first_chunk_tokens == 2
     assert len(record.icl_s) == 2
     assert record.input_tokens == 7

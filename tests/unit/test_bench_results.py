@@ -47,13 +47,15 @@ HEALTH = GeneratorHealth(0.4, 4e-5, 9000.0, 0.002, 0.004, 0.001, 0.7, 2)
 
 
 def record(
-    *chunk_times: float, due_s: float = 0.0, tokens: tuple[int, ...] | None = None, **changes: Any
+    *chunk_times: float, due_s: float = 0.0, tokens: tuple[int, int] | None = None, **changes: Any
 ) -> RequestRecord:
-    """A request whose chunks came at the given times after it was due, one token each unless told."""
+    """A request whose chunks came at the given times after it was due.
+
+    `tokens` are those of the first chunk and of all; one a chunk unless told.
+    """
     made = RequestRecord(0, due_s, sent_s=due_s, ended_s=due_s + chunk_times[-1], first_text=0)
     made.chunk_times = array("d", [due_s + time_s for time_s in chunk_times])
-    counts = tokens or tuple(range(1, len(chunk_times) + 1))
-    made.tokens_so_far, made.output_tokens = array("l", counts), counts[-1]
+    made.counted_first, made.output_tokens = tokens or (1, len(chunk_times))
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -69,7 +71,7 @@ def run_of(
 
 
 def test_each_latency_has_its_own_definition() -> None:
-    one = record(0.2, 0.3, 0.5, 0.6, due_s=5.0, tokens=(2, 3, 4, 5))
+    one = record(0.2, 0.3, 0.5, 0.6, due_s=5.0, tokens=(2, 5))
     assert one.ttft_s == pytest.approx(0.2)
     assert one.request_latency_s == pytest.approx(0.6)
     assert one.tpot_s == pytest.approx(0.4 / 4)  # five tokens, the first apart
@@ -83,9 +85,11 @@ def test_with_one_token_a_chunk_the_definitions_agree() -> None:
 
 
 def test_a_first_chunk_without_text_is_not_the_first_token() -> None:
-    one = record(0.1, 0.4, 0.5, first_text=1)
+    one = record(0.1, 0.4, 0.5, first_text=1, tokens=(2, 3))
     assert one.ttft_s == pytest.approx(0.4)
     assert one.first_chunk_tokens == 2
+    assert one.tokens_within(0, 0.3) == 0
+    assert one.tokens_within(0.3, 0.45) == 2
     assert one.icl_s == pytest.approx([0.1])
 
 
@@ -97,7 +101,7 @@ def test_a_first_chunk_without_text_is_not_the_first_token() -> None:
 def test_what_nobody_counts_along_is_known_only_where_it_must_be(
     output_tokens: int | None, itl_s: float | None
 ) -> None:
-    one = record(0.2, 0.3, 0.4, tokens_so_far=array("l"), output_tokens=output_tokens)
+    one = record(0.2, 0.3, 0.4, counted_first=None, output_tokens=output_tokens)
     assert one.itl_s == (None if itl_s is None else pytest.approx(itl_s))
     assert (one.tpot_s is None) == (output_tokens is None)
 
@@ -119,13 +123,19 @@ def test_an_answer_without_text_has_no_first_token() -> None:
 
 @pytest.mark.parametrize(
     ("span", "counted", "uncounted"),
-    [((0.0, 9.0), 8, 8), ((0.25, 0.45), 3, 4), ((0.0, 0.2), 4, 2), ((2.0, 3.0), 0, 0)],
+    [((0.0, 9.0), 10, 10), ((0.25, 0.45), 4, 5), ((0.0, 0.2), 4, 2.5), ((2.0, 3.0), 0, 0)],
 )
 def test_tokens_within_a_span(span: tuple[float, float], counted: float, uncounted: float) -> None:
-    one = record(0.2, 0.3, 0.4, 0.5, tokens=(4, 6, 7, 8))
-    assert one.tokens_within(*span) == counted
-    one.tokens_so_far = array("l")
-    assert one.tokens_within(*span) == uncounted  # each of the four chunks stands for two
+    assert record(0.2, 0.3, 0.4, 0.5, tokens=(4, 10)).tokens_within(*span) == counted
+    assert record(0.2, 0.3, 0.4, 0.5, output_tokens=10, counted_first=None).tokens_within(*span) == uncounted
+
+
+def test_tokens_of_an_answer_in_one_chunk_are_all_in_it() -> None:
+    for one in (record(0.2, tokens=(7, 7)), record(0.2, output_tokens=7, counted_first=None)):
+        assert one.tokens_within(0, 1) == 7
+    assert record(0.1, 0.2, first_text=1, counted_first=None, output_tokens=7).tokens_within(0.15, 1) == 7
+    empty = RequestRecord(0, 0.0, ended_s=0.1, output_tokens=0)
+    assert empty.tokens_within(0, 1) == 0
 
 
 # --- distributions and estimates ---
@@ -214,7 +224,7 @@ def test_an_answer_without_text_misses_its_ttft_and_not_its_itl() -> None:
 
 
 def test_a_server_that_counts_no_tokens_has_no_token_rate() -> None:
-    silent = record(0.1, 0.2, tokens_so_far=array("l"), output_tokens=None)
+    silent = record(0.1, 0.2, counted_first=None, output_tokens=None)
     found = measure(run_of(silent), ())
     assert found.output_tokens_per_s is None
     assert found.tpot_s is None

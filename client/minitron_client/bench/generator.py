@@ -7,6 +7,7 @@ clock, and waits for none before it starts the next. It knows the client's `stre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -178,21 +179,23 @@ class Generator:
 
     async def _ask(self, ask: Ask, record: RequestRecord) -> None:
         """One request, to its end; what goes wrong is the record's."""
-        clock, times, counts = time.perf_counter, record.chunk_times, record.tokens_so_far
+        clock, times = time.perf_counter, record.chunk_times
         record.sent_s = clock()
+        stream = None
         try:
             async with self._start_stream(ask) as stream:
                 async for chunk in stream:
                     times.append(clock())
-                    if chunk.text and record.first_text is None:
+                    if record.first_text is None and chunk.text:
                         record.first_text = len(times) - 1
-                    tokens = stream.usage.output_tokens
-                    if tokens is not None:
-                        counts.append(tokens)
-                completion = await stream.final()
-            _note_end(record, completion)
+                        record.counted_first = stream.usage.output_tokens
+                _note_end(record, await stream.final())
         except MinitronClientError as error:
             record.error, record.error_text = type(error).__name__, error.message
+        finally:
+            if record.output_tokens is None and stream is not None:
+                with contextlib.suppress(MinitronClientError):
+                    record.output_tokens = stream.usage.output_tokens
         record.ended_s = clock()
 
     def _spawn(self, work: Any) -> None:
@@ -228,5 +231,3 @@ def _note_end(record: RequestRecord, completion: Completion) -> None:
     record.input_tokens = completion.usage.input_tokens
     record.output_tokens = completion.usage.output_tokens
     record.finish_reason = completion.finish_reason or ""
-    if len(record.tokens_so_far) != len(record.chunk_times):
-        del record.tokens_so_far[:]  # counted in some chunks only: then it cannot be placed

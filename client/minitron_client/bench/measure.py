@@ -143,7 +143,7 @@ def _is_good(record: RequestRecord, slos: Sequence[Slo]) -> bool:
 
 def _token_rate(run: PointRun, window_s: float) -> float | None:
     """None where chunks came and no server counted their tokens."""
-    counted = [record for record in run.records if record.tokens_so_far or record.output_tokens is not None]
+    counted = [record for record in run.records if record.output_tokens is not None]
     if not counted and any(record.chunk_times for record in run.records):
         return None
     return sum(record.tokens_within(run.start_s, run.end_s) for record in counted) / window_s

@@ -23,9 +23,9 @@ class RequestRecord:
         ended_s: when its end was known; None while it runs or when it was broken off.
         chunk_times: arrival of each chunk that has text or ends the answer.
         first_text: place in `chunk_times` of the first chunk with text; None where there was none.
-        tokens_so_far: output tokens up to and including each chunk; empty where the server does not tell.
+        counted_first: output tokens up to the first chunk with text; None where the server does not tell.
         input_tokens: as the server counted, else None.
-        output_tokens: as the server counted, else None.
+        output_tokens: as the server counted, else None; of a failed request, those that had come.
         finish_reason: as the server told, else "".
         error: kind of the failure, "" where there was none.
         error_text: its sentence.
@@ -37,7 +37,7 @@ class RequestRecord:
     ended_s: float | None = None
     chunk_times: array[float] = field(default_factory=lambda: array("d"))
     first_text: int | None = None
-    tokens_so_far: array[int] = field(default_factory=lambda: array("l"))
+    counted_first: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
     finish_reason: str = ""
@@ -83,10 +83,8 @@ class RequestRecord:
     @property
     def first_chunk_tokens(self) -> int | None:
         """Tokens up to the first chunk with text; one where chunks and tokens are as many."""
-        if self.first_text is None:
-            return None
-        if self.tokens_so_far:
-            return self.tokens_so_far[self.first_text]
+        if self.counted_first is not None or self.first_text is None:
+            return self.counted_first
         return 1 if self.output_tokens == len(self.chunk_times) and self.first_text == 0 else None
 
     @property
@@ -98,15 +96,19 @@ class RequestRecord:
     def tokens_within(self, start_s: float, end_s: float) -> float:
         """Output tokens that arrived in a span of time.
 
-        Where the server does not count along, each chunk stands for the same share of the answer.
+        The first chunk's are counted where they are known; of the others, each stands for the same share.
         """
-        inside = [place for place, time_s in enumerate(self.chunk_times) if start_s <= time_s <= end_s]
-        if not inside:
+        if not self.chunk_times or not self.output_tokens:
             return 0.0
-        if self.tokens_so_far:
-            before = self.tokens_so_far[inside[0] - 1] if inside[0] else 0
-            return float(self.tokens_so_far[inside[-1]] - before)
-        return len(inside) / len(self.chunk_times) * (self.output_tokens or 0)
+        tokens, last = self.output_tokens, len(self.chunk_times) - 1
+        place, first = self.first_text or 0, float(self.first_chunk_tokens or 0)
+        if place == last:
+            first = tokens
+        elif not first:  # not known: every chunk holds the same
+            place, first = 0, tokens / (last + 1)
+        share = max(tokens - first, 0) / (last - place) if last > place else 0.0
+        inside = [at for at, time_s in enumerate(self.chunk_times) if start_s <= time_s <= end_s]
+        return sum(first if at == place else share for at in inside if at >= place)
 
     def _per_token(self, first: int) -> float | None:
         latency_s, ttft_s = self.request_latency_s, self.ttft_s
