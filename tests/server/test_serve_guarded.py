@@ -20,6 +20,8 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from triton_calls import post
+from triton_repos import serving
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from minitron_build.bundle.bundle import Bundle
@@ -206,3 +208,13 @@ def test_drains_on_sigterm(guarded: Guarded) -> None:
     assert "draining" in errors
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{guarded.health_url}/live", timeout=5)
+
+
+def test_prompts_are_logged_when_asked_for(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    log_path = tmp_path / "triton.log"
+    with serving(tiny_bundle.model_repo, log_prompts=True, log_path=log_path) as server:
+        post(
+            server, "tensorrt_llm_bls", "generate", {"text_input": f"{SECRET_WORDS}\nseven", "max_tokens": 1}
+        )
+    (line,) = (line for line in log_path.read_text().splitlines() if SECRET_WORDS in line)
+    assert line.count("seven") == 1, "one line each, whatever the prompt holds"

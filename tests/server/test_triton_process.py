@@ -542,6 +542,21 @@ def test_dead_model_process_is_replaced_until_the_restarts_are_used_up(
     assert read_state(new_pid).is_dead
 
 
+def test_start_that_crashes_is_tried_again(serving: Callable[..., Serving], tmp_path: Path) -> None:
+    once = f"""
+import os, pathlib, signal
+mark = pathlib.Path({str(tmp_path / "crashed")!r})
+if not mark.exists():
+    mark.touch()
+    os.kill(os.getppid(), signal.SIGABRT)
+"""
+    served = serving(once + SLOW_MODEL, restarts=1)
+    assert "SIGABRT before it was ready" in served.wait_for_words("restart 1 of 1")
+    assert list(_stream(served.wait_until_ready()["http"], 2)) == [0, 1]
+    served.process.send_signal(signal.SIGTERM)
+    assert served.end()[0] == 0
+
+
 def test_signal_during_the_wait_for_a_restart_ends_it(serving: Callable[..., Serving]) -> None:
     served = serving(restarts=9)
     os.kill(served.wait_until_ready()["pid"], signal.SIGKILL)

@@ -28,6 +28,9 @@ FIRST_WAIT_S, MAX_WAIT_S = 1.0, 30.0
 FORGIVEN_AFTER_S = 600.0
 """A server that was ready for so long has its restarts back."""
 
+FAULTS = tuple(-number for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS))
+"""Exit codes of a Triton that crashed, and did not end of its own will."""
+
 Announce = Callable[[TritonServer, float], None]
 """Told once the first server is ready, with the seconds since its start."""
 
@@ -101,6 +104,7 @@ def serve(options: ServerOptions, probe: Probe, announce: Announce, care: Care |
     Raises:
         MachineError: refused before the start.
         StageError: it did not start, did not answer, was lost with no restart left, or did not drain in time.
+            A start that crashed is a loss; one that was refused is not tried again.
     """
     supervisor = _Supervisor(options, probe, announce, care or Care())
     with _Signals() as signals, telling(supervisor.state, options.address, supervisor.care.health_port):
@@ -115,6 +119,7 @@ class _Supervisor:
         self.state = ServeState(since_s=time.monotonic())
         self._budget = RestartBudget(care.restarts)
         self._ready_at_s: float | None = None
+        self._is_announced = False
 
     def run(self, signals: _Signals) -> int:
         while True:
@@ -149,7 +154,7 @@ class _Supervisor:
         except StageError as error:
             if signals.have_come():  # the kill was asked for: what failed of it is no news
                 return False
-            if self.state.restarts:
+            if self.state.restarts or _ended_by_fault(server):
                 raise ServerLostError(str(error)) from error
             raise
         self._is_up(server, signals)
@@ -160,10 +165,11 @@ class _Supervisor:
         self._ready_at_s = time.monotonic()
         self.state.enter(Phase.READY)
         ready_s = time.monotonic() - server.started_s
-        if self.state.restarts:
+        if self._is_announced:
             say(f"ready again after {ready_s:.1f} s, process {server.pid}")
         else:
             self.announce(server, ready_s)
+            self._is_announced = True
 
     def _stay(self, server: TritonServer, signals: _Signals) -> None:
         """Until a signal comes.
@@ -197,6 +203,11 @@ class _Supervisor:
         say(f"{error}; restart {self._budget.used} of {self._budget.limit} in {wait_s:g} s")
         self.state.restarts += 1
         return not signals.wait(wait_s)
+
+
+def _ended_by_fault(server: TritonServer) -> bool:
+    """Whether it crashed; seldom, on a busy machine, Triton 24.10 does so while it starts its models."""
+    return server.exit_code in FAULTS
 
 
 def _trouble(server: TritonServer, watch: TokenWatch) -> str | None:
