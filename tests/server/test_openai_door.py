@@ -6,8 +6,10 @@ Run with: pytest tests/server/test_openai_door.py
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -263,3 +265,34 @@ def test_health_models_and_metrics(sdk: openai.OpenAI, url: str) -> None:
         assert json.load(answer)["status"] == "ready"
     with urllib.request.urlopen(f"{base}/metrics", timeout=10) as answer:
         assert "minitron_openai_requests_in_flight 0.0" in answer.read().decode()
+
+
+def test_sigterm_lets_a_stream_finish(running_server: TritonServer) -> None:
+    with (
+        door_process(running_server.grpc_url) as door,
+        openai.OpenAI(base_url=door.url, api_key="none", max_retries=0) as sdk,
+    ):
+        stream = sdk.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        os.kill(door.pid, signal.SIGTERM)
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+
+
+def test_a_stream_that_outlives_the_drain_is_cancelled(running_server: TritonServer) -> None:
+    before = outcomes(running_server, "cancelled")
+    started_s = time.monotonic()
+    with (
+        door_process(running_server.grpc_url, "--drain-timeout-s", "1") as door,
+        openai.OpenAI(base_url=door.url, api_key="none", max_retries=0) as sdk,
+    ):
+        stream = sdk.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=2000, stream=True, n=16, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        os.kill(door.pid, signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the door is shutting down"):
+            list(stream)
+    assert time.monotonic() - started_s < 20
+    eventually(lambda: outcomes(running_server, "cancelled") == before + 16)

@@ -307,6 +307,22 @@ async def test_open_answers_are_finished_while_draining(door: OpenDoor) -> None:
     assert door.client.cancelled == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_that_must_end_say_why(door: OpenDoor, stream: bool) -> None:
+    door.client.script = lambda call: [Chunk("a"), asyncio.Event()]
+    asking = asyncio.create_task(door.post(prompt="x", stream=stream))
+    while not door.client.calls:
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+    door.door.running.end_all()
+    answer = await asking
+    assert "the door is shutting down" in answer.text
+    assert answer.status_code == (200 if stream else 503)
+    await door.door.running.wait(1)
+    assert len(door.client.cancelled) == 1
+    door.door.running.end_all()  # nothing is left to end
+
+
 async def test_the_first_text_does_not_wait_for_the_headers(door: OpenDoor) -> None:
     """Nagle's algorithm is off: it would hold the first text back for 40 ms."""
     await door.http.get(f"{door.url}/health")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
-from minitron_client.errors import CancelledError, InternalError, MinitronClientError
+from minitron_client.errors import CancelledError, ClientClosedError, InternalError, MinitronClientError
 from minitron_client.openai.api_errors import api_error
 from minitron_client.openai.fields import Prompt
 from minitron_client.results import Chunk, Completion, Health
@@ -82,20 +82,31 @@ Event: TypeAlias = tuple[Job, Chunk | Completion]
 
 
 class Running:
-    """The tasks that are under way, so that the door can wait for them before it closes."""
+    """What is under way, so that the door can wait for it, or end it, before it closes."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._generations: set[Generation] = set()
 
-    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Begin a task; it is let go of when it ends."""
+    def start(self, generation: Generation, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begin a task of a generation; it is let go of when it ends."""
+        self._generations.add(generation)
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def ended(self, generation: Generation) -> None:
+        """Let a generation go."""
+        self._generations.discard(generation)
+
+    def end_all(self) -> None:
+        """End every answer now: those who wait for it are told why."""
+        for generation in list(self._generations):
+            generation.fail(ClientClosedError("the door is shutting down"))
+
     async def wait(self, timeout_s: float) -> None:
-        """Wait until all have ended, at most so long."""
+        """Wait until all tasks have ended, at most so long."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
@@ -134,7 +145,7 @@ class Generation:
             ApiError: a choice failed; the others are cancelled.
         """
         run = self._stream if is_streaming else self._generate
-        self._tasks = [self._running.start(self._run(run(job), job)) for job in self._jobs]
+        self._tasks = [self._running.start(self, self._run(run(job), job)) for job in self._jobs]
         num_open = len(self._jobs)
         try:
             while num_open:
@@ -145,6 +156,7 @@ class Generation:
                 if failure is not None:
                     raise api_error(failure)
         finally:
+            self._running.ended(self)
             self.cancel()
 
     async def _next(self) -> tuple[list[Event], MinitronClientError | None]:
@@ -162,6 +174,10 @@ class Generation:
         """Let what still runs be cancelled on the server; returns at once."""
         for task in self._tasks:
             task.cancel()
+
+    def fail(self, error: MinitronClientError) -> None:
+        """Let `events` raise this after what has come so far."""
+        self._events.put_nowait(error)
 
     async def _run(self, work: Coroutine[Any, Any, None], job: Job) -> None:
         try:

@@ -20,6 +20,8 @@ from minitron_client.errors import InvalidValueError
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _BACKLOG = 2048
+_LAST_WORDS_S = 5
+"""After the drain, for answers to end by themselves; then connections are cut."""
 _KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection, so that none is closed just as it is used again."""
 
@@ -107,7 +109,7 @@ def make_server(app: ASGIApp, settings: HttpSettings) -> uvicorn.Server:
             lifespan="off",
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=settings.drain_timeout_s,
+            timeout_graceful_shutdown=settings.drain_timeout_s + _LAST_WORDS_S,
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
         )
@@ -115,7 +117,12 @@ def make_server(app: ASGIApp, settings: HttpSettings) -> uvicorn.Server:
 
 
 async def serve(
-    app: ASGIApp, settings: HttpSettings, listening: socket.socket, on_drain: Callable[[], None]
+    app: ASGIApp,
+    settings: HttpSettings,
+    listening: socket.socket,
+    *,
+    on_drain: Callable[[], None],
+    on_drain_over: Callable[[], None],
 ) -> signal.Signals:
     """Serve until SIGTERM or SIGINT; a second one ends open answers at once.
 
@@ -123,21 +130,24 @@ async def serve(
         app: what to serve.
         settings: how.
         listening: where.
-        on_drain: told when no new request is taken any more.
+        on_drain: called when no new request is taken any more.
+        on_drain_over: called when open answers must end.
 
     Returns:
         The signal that ended it.
     """
-    server = make_server(app, settings)
-    received: list[signal.Signals] = []
+    server, received = make_server(app, settings), list[signal.Signals]()
+    loop = asyncio.get_running_loop()
 
     def stop(number: signal.Signals) -> None:
         received.append(number)
-        server.force_exit = server.should_exit
+        if server.should_exit:
+            on_drain_over()
+            return
         server.should_exit = True
         on_drain()
+        loop.call_later(settings.drain_timeout_s, on_drain_over)
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
     try:

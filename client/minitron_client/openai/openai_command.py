@@ -136,7 +136,7 @@ async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSet
         with listen(http) as listening:
             address = {"url": f"{url_of(http, listening)}/v1", "models": list(settings.served_names)}
             print(json.dumps(address | {"triton": texts.url}), flush=True)
-            ended_by = await serve(app, http, listening, drain)
+            ended_by = await serve(app, http, listening, on_drain=drain, on_drain_over=door.running.end_all)
         await door.running.wait(_CANCEL_S)
         return ended_by
     finally:
