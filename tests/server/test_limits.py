@@ -209,8 +209,8 @@ async def test_when_the_engine_is_killed_every_text_fails_at_once(fast_server: T
     killed_s = time.monotonic()
     errors = await asyncio.gather(*(last_error(call) for call in calls))
     assert time.monotonic() - killed_s < 5
-    assert {error.split(" (")[0] for error in errors} == {"UNAVAILABLE: model tensorrt_llm cannot be reached"}
-    with pytest.raises(RuntimeError, match=r"^UNAVAILABLE: model tensorrt_llm cannot be reached"):
+    assert {error.split(" (")[0] for error in errors} == {"UNAVAILABLE: model tensorrt_llm is gone"}
+    with pytest.raises(RuntimeError, match=r"^UNAVAILABLE: model tensorrt_llm is gone"):
         await channel.ask("tensorrt_llm_bls", **(TEXT | {"max_tokens": 1, "seed": 0}))
     await channel.close()
 

@@ -121,9 +121,7 @@ def test_a_stop_is_sent_once_asked_and_not_after_the_end(engine: Engine, route: 
 
 
 def test_without_an_engine_a_request_is_refused_at_once(route: LinkRoute) -> None:
-    with pytest.raises(
-        StatusError, match=r"^UNAVAILABLE: model .* cannot be reached \(.*\); try again later$"
-    ):
+    with pytest.raises(StatusError, match=r"^UNAVAILABLE: model .* is gone \(.*\); try again later$"):
         route.ask(1, ARRAYS, [], 1)
 
 

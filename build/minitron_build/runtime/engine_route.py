@@ -154,9 +154,7 @@ class LinkRoute:
         return [(number, gone) for number in lost]
 
     def _gone(self, reason: str) -> StatusError:
-        return StatusError(
-            UNAVAILABLE, f"model {self._model_name} cannot be reached ({reason}); try again later"
-        )
+        return StatusError(UNAVAILABLE, f"model {self._model_name} is gone ({reason}); try again later")
 
 
 def _step(item: Any) -> tuple[int, EngineStep]:
