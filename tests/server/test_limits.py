@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from triton_calls import PROMPT, Channel, message, post
+from triton_calls import PROMPT, Channel, arrays, message, post
 from triton_repos import copy_bundle, serving, set_parameters
 from tritonclient.grpc import service_pb2
 
@@ -152,6 +152,27 @@ def test_a_priority_level_that_there_is_not_is_refused(narrow_server: TritonServ
     with caught.value as answer:
         error = json.loads(answer.read())["error"]
     assert error == "INVALID_ARGUMENT: priority_level is 7; this model has levels 1 (first) to 3"
+
+
+async def test_a_shutdown_lets_the_streams_finish(tiny_bundle: Bundle) -> None:
+    with serving(tiny_bundle.model_repo, drain_timeout_s=30) as server:
+        channel = Channel(server.grpc_url)
+        calls = [channel.open(request(model, 800)) for model in TEXT_MODELS for _ in range(2)]
+        await asyncio.gather(*(call.read() for call in calls))
+        stopping = asyncio.create_task(asyncio.to_thread(server.stop))
+        endings = await asyncio.gather(*(last_answer(call) for call in calls))
+        assert await stopping == 0
+        await channel.close()
+    assert [arrays(ending.infer_response)["finish_reason"].item() for ending in endings] == [b"length"] * 4
+
+
+async def last_answer(call: Any) -> service_pb2.ModelStreamInferResponse:
+    last = None
+    while answer := await call.read():
+        assert not answer.error_message
+        last = answer
+    assert last is not None
+    return last
 
 
 # --- the scripted engine: a token every millisecond for each
