@@ -157,7 +157,7 @@ def test_ctrl_c_gives_what_was_measured(running_server: TritonServer, tmp_path: 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "running" in process.stderr.readline()
-        time.sleep(1.0)
+        time.sleep(1.5)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 130

@@ -79,6 +79,8 @@ class Generator:
     ) -> None:
         self._start_stream, self._point, self._extent, self._due_s = start_stream, point, extent, due_s
         self.run = PointRun(num_warmup=extent.num_warmup(point))
+        self.num_ended = 0
+        """Requests that have ended, for whoever shows progress."""
         self._watch = Watch()
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -106,11 +108,6 @@ class Generator:
             self._close_window()
             await self._watch.stop()
         return self.run
-
-    @property
-    def num_ended(self) -> int:
-        """Requests that have ended, for whoever shows progress."""
-        return sum(record.ended_s is not None for record in self.run.records)
 
     # closed loop
 
@@ -197,6 +194,7 @@ class Generator:
                 with contextlib.suppress(MinitronClientError):
                     record.output_tokens = stream.usage.output_tokens
         record.ended_s = clock()
+        self.num_ended += 1
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -212,7 +210,9 @@ class Generator:
         run = self.run
         run.end_s = max([run.start_s, *(record.ended_s or 0.0 for record in run.records)])
         if self._extent.duration_s is not None and not run.is_partial:
-            run.end_s = run.start_s + self._extent.duration_s
+            time_is_over_s = run.start_s + self._extent.duration_s
+            # a trace may end before its time: then nothing is due any more, and nothing to be counted
+            run.end_s = min(run.end_s, time_is_over_s) if self._point.loop == "trace" else time_is_over_s
         num_chunks = sum(
             sum(time_s >= run.start_s for time_s in record.chunk_times) for record in run.records
         )
