@@ -6,7 +6,7 @@ states, layer errors and logits of chosen rows; which sequences these are and wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,12 @@ from minitron_build.verify.statistics import TokenComparison, compare_rows, snr_
 if TYPE_CHECKING:
     import torch
 
-    from minitron_build.runtime.reference_engine.layerwise import OutputHead
+    from minitron_build.runtime.reference_engine import ModelSource, OutputHead
     from minitron_build.verify.runner import Ids, Progress, Runner
 
 LOGIT_ROWS = 64
 """Rows whose logits of both models are in memory at once: 33 MB each at 128,256 tokens."""
+COMPARED_ROWS = 8192
 LOCAL_TOKENS = 1024
 """The first sequences, up to so many tokens, also show each layer's own error."""
 
@@ -106,16 +107,29 @@ def compare_tokens(passed: SideBySide, index: int, ids: Ids) -> Iterator[TokenCo
 
 def _heads(source: Runner, candidate: Runner) -> tuple[OutputHead, OutputHead]:
     """Both output heads; one stands for both where they are equal, as after every conversion of ours."""
-    import torch
-
-    pairs = [
-        (source.source.final_norm(), candidate.source.final_norm()),
-        (source.source.lm_head().weight, candidate.source.lm_head().weight),
-    ]
-    is_same = all(one.dtype == other.dtype and torch.equal(one, other) for one, other in pairs)
-    is_same &= source.source.config.norm_epsilon == candidate.source.config.norm_epsilon
+    ours, theirs = source.source, candidate.source
+    is_same = (
+        ours.config.norm_epsilon == theirs.config.norm_epsilon
+        and _is_same(ours, theirs, lambda one: one.final_norm())
+        and _is_same(ours, theirs, lambda one: one.lm_head().weight)
+    )
     head = source.output_head()
     return head, head if is_same else candidate.output_head()
+
+
+def _is_same(one: ModelSource, other: ModelSource, part: Callable[[ModelSource], torch.Tensor]) -> bool:
+    """Whether two models have the same numbers; the file's pages are given back while comparing."""
+    import torch
+
+    first, second = part(one), part(other)
+    if first.dtype != second.dtype:
+        return False
+    for rows in zip(torch.split(first, COMPARED_ROWS), torch.split(second, COMPARED_ROWS), strict=True):
+        if not torch.equal(*rows):
+            return False
+        one.release()
+        other.release()
+    return True
 
 
 def _num_local(sequences: Sequence[Ids]) -> int:
