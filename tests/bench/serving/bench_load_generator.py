@@ -47,7 +47,9 @@ async def run_raw(client: AsyncMinitronClient, args: argparse.Namespace, concurr
     """The floor: read every message and drop it."""
     metadata = await client.metadata()
     sampling = SamplingParams(max_tokens=args.output_tokens)
-    request = request_message(text_request(metadata, PROMPT, sampling, request_id="raw", is_streaming=True))
+    request = request_message(
+        text_request(metadata, PROMPT, sampling, request_id="raw".ljust(32, "-"), is_streaming=True)
+    )
     numbers, num_chunks = itertools.count(), 0
     async with grpc.aio.insecure_channel(client.url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)

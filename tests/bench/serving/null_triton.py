@@ -4,7 +4,7 @@
 
 It answers as `tensorrt_llm_bls` does, one token a response, with `max_tokens` of them, back to back or
 INTERVAL_S apart. It measures callers: nothing of a server is in its numbers, and of a request it reads
-`max_tokens` only.
+`max_tokens` and the id only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ OUTPUTS = {
     "num_input_tokens": "INT32", "num_output_tokens": "INT32",
 }  # fmt: skip
 MAX_TOKENS = 4096
+ID = b"0" * 32
+"""Stands in the ready-made messages where the request's own goes, which must be as long."""
 SERVICE = "inference.GRPCInferenceService"
 SMALL_CALLS = ("ServerLive", "ServerReady", "RepositoryIndex", "ModelMetadata", "ModelConfig")
 
@@ -38,7 +40,7 @@ def response(number: int, *, is_last: bool) -> bytes:
     """The message of token `number`, from 1."""
     message = service_pb2.ModelStreamInferResponse()
     answer = message.infer_response
-    answer.model_name, answer.id = MODEL, "0" * 32
+    answer.model_name, answer.id = MODEL, ID.decode()
     answer.parameters["triton_final_response"].bool_param = is_last
     contents = (
         bytes_of(b" the"), bytes_of(b"length" if is_last else b""),
@@ -89,15 +91,16 @@ class NullStream:
         self._last = [response(number, is_last=True) for number in range(1, MAX_TOKENS + 1)]
 
     async def infer(self, requests: Any, context: Any) -> None:
-        count = 1
+        count, request_id = 1, ID
         async for request in requests:
+            request_id = request.id.encode().ljust(len(ID), b"-")[: len(ID)]
             at = [item.name for item in request.inputs].index("max_tokens")
             count = min(int.from_bytes(request.raw_input_contents[at], "little"), MAX_TOKENS)
         for number in range(count - 1):
-            await context.write(self._middle[number])
+            await context.write(self._middle[number].replace(ID, request_id))
             if self._interval_s:
                 await asyncio.sleep(self._interval_s)
-        await context.write(self._last[count - 1])
+        await context.write(self._last[count - 1].replace(ID, request_id))
 
 
 async def serve(port: int, interval_s: float = 0.0) -> grpc.aio.Server:
