@@ -60,6 +60,34 @@ def test_build_inspect_lint(
     assert len(machine.tool_calls()) == 1
 
 
+def test_an_fp8_build_ends_in_an_fp8_engine(
+    machine: GpuMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Calibrated, verified, built: the models in front declare the logits that an FP8 engine makes."""
+    machine.add_gpus(H100)
+    machine.add_tool()
+    bundle, ids = tmp_path / "bundle", DATA / "calibration_ids.json"
+    flags = ["--precision", "fp8", "--calib-data", str(ids), "--fp8-exclude", "*.layers.0.mlp.proj"]
+    assert build(bundle, *flags) == 0, capsys.readouterr().err
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert (manifest["plan"]["precision"], manifest["plan"]["kv_cache_dtype"]) == ("fp8", "fp8")
+    assert manifest["calibration"]["num_samples"] == 8
+    assert {"passed", "checks"} <= manifest["verification"].keys()
+    assert str(tmp_path) not in json.dumps(manifest)
+    engine = json.loads((bundle / "model_repo" / "tensorrt_llm" / "1" / "config.json").read_text())
+    quantization = engine["pretrained_config"]["quantization"]
+    assert (quantization["quant_algo"], quantization["kv_cache_quant_algo"]) == ("FP8", "FP8")
+    assert "transformer.layers.0.mlp.proj" in quantization["exclude_modules"]
+    for model in ("tensorrt_llm", "tensorrt_llm_bls", "ensemble"):
+        text = (bundle / "model_repo" / model / "config.pbtxt").read_text()
+        logits = [line for line in text.split("output {")[1:] if "context_logits" in line]
+        assert len(logits) >= 1, model
+        assert all("TYPE_FP16" in part for part in logits), model
+    assert main(["lint", str(bundle / "model_repo")]) == 0, capsys.readouterr().out
+    assert build(bundle, *flags) == 0
+    assert len(machine.tool_calls()) == 1
+
+
 def test_a_failed_engine_stage_is_resumed(
     machine: GpuMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

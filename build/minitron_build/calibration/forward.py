@@ -7,7 +7,8 @@ the set and the forward pass, nothing of what is done with a layer's weights or 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor
 from minitron_build.calibration.amax import LayerAmax
 from minitron_build.calibration.decoder import AmaxRecorder, RopeAngles, decoder_layer
 from minitron_build.source.hf_checkpoint import HfCheckpoint
+from minitron_build.source.model_config import ModelConfig
 from minitron_build.source.safetensors_file import TensorInfo, read_bytes
 
 EMBEDDING = "model.embed_tokens.weight"
+SMALL_LAYER_PARAMETERS = 8_000_000
+"""A layer of fewer takes a sequence through in some 20 ms on one core."""
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 Progress = Callable[[int], None]
@@ -51,13 +55,16 @@ class CalibrationForward:
         rows = read_rows(self._source, EMBEDDING, unique.tolist())
         torch.index_select(rows.to(self._device), 0, inverse.to(self._device), out=self._hidden)
 
-    @torch.no_grad()
     def layer(self, weights: Mapping[str, Tensor], progress: Progress) -> LayerAmax:
         """Take every sequence through a layer.
 
         Args:
             weights: bf16, by HF name within the layer.
         """
+        with torch.no_grad(), _threads_for(self._source.config):
+            return self._layer(weights, progress)
+
+    def _layer(self, weights: Mapping[str, Tensor], progress: Progress) -> LayerAmax:
         placed = {name: tensor.to(self._device) for name, tensor in weights.items()}
         recorder = AmaxRecorder(self._device)
         start = 0
@@ -90,6 +97,17 @@ class CalibrationForward:
             os.close(descriptor)
         states = torch.from_numpy(data).view(torch.bfloat16).view(self._hidden.shape)
         self._hidden.copy_(states)
+
+
+@contextmanager
+def _threads_for(config: ModelConfig) -> Iterator[None]:
+    """One thread for a small model: threads that wait for each other would cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if config.layer_parameters < SMALL_LAYER_PARAMETERS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def read_tensor(descriptor: int, info: TensorInfo) -> Tensor:

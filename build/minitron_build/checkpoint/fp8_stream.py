@@ -125,7 +125,7 @@ def run_fp8(job: Fp8Job, work_dir: Path, *, is_resumed: bool, progress: Progress
             progress(len(layers) * job.data.num_tokens)
         written: Future[None] | None = None
         journalled_s = time.monotonic()
-        for index, weights in _read_layers(job.source, len(layers), stack):
+        for index, weights in read_layers(job.source, len(layers), stack):
             amax = forward.layer(index, weights, progress)
             pieces = list(job.target.layer_pieces(index, weights, amax))
             if written is not None:
@@ -234,7 +234,7 @@ def _write_layer(
     write_durably(work_dir / JOURNAL_NAME, json.dumps(record))
 
 
-def _read_layers(
+def read_layers(
     source: HfCheckpoint, first: int, stack: ExitStack
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(layer, its tensors by name within it, bf16), the next one being read meanwhile."""
