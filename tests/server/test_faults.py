@@ -120,6 +120,21 @@ async def test_killed_model_process_fails_its_requests_and_is_replaced(
         assert await asyncio.to_thread(served.end) == 0
 
 
+async def test_engine_that_hangs_turns_red_and_is_replaced(tiny_bundle: Bundle) -> None:
+    """No process ends, and Triton's health stays green; but counters stand still, and no token comes."""
+    flags = {"restarts": 1, "stall-timeout-s": 5, "probe-interval-s": 1}
+    with minitron_serve(tiny_bundle.path, flags) as served:
+
+        async def hang() -> None:
+            os.kill(served.stub(TOKENS), signal.SIGSTOP)
+
+        ends = await Load(served.document["grpc"], LONG, count=4).run(hang)
+        assert {str(end).partition(":")[0] for end in ends} == {"UNAVAILABLE"}, ends
+        await asyncio.to_thread(served.wait_for_ready, 200)
+        assert any("no token came for" in line for line in served.errors)
+        assert await ask_short(served.document["grpc"])
+
+
 # --- SIGTERM under load
 
 

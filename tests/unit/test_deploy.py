@@ -809,6 +809,26 @@ def test_probe_is_ready_while_tokens_come(
     assert probe("ready", answers=[after, answer]) == (0 if is_ready else 1)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "answer", "is_alive"),
+    [
+        (counters(1, 1), counters(2, 2), FULL, True),  # busy with others
+        (counters(1, 1), counters(1, 1), FULL, False),  # hung: a restart is due
+        (counters(1, 1), counters(1, 1), TOKEN, True),
+        (counters(1, 1), (500, ""), FULL, True),  # without metrics nothing is known
+    ],
+)
+def test_probe_takes_a_server_that_hangs_for_dead(
+    probe: Callable[..., int],
+    before: tuple[int, str],
+    after: tuple[int, str],
+    answer: tuple[int, str],
+    is_alive: bool,
+) -> None:
+    assert probe("alive", answers=[before, FULL]) == 0, "the first call has nothing to compare with"
+    assert probe("alive", answers=[after, answer]) == (0 if is_alive else 1)
+
+
 def test_probe_is_not_ready_when_no_token_comes_in_time(probe: Callable[..., int]) -> None:
     assert probe("ready", answers=[counters(1, 1)], delay_s=0.5) == 1
 

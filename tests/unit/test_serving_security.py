@@ -12,6 +12,7 @@ import trustme
 
 from minitron_build.errors import MachineError, PlanError
 from minitron_build.serving import serve
+from minitron_build.serving.triton_preflight import TritonInstall
 from minitron_build.serving.triton_security import ServerSecurity, read_key
 from minitron_build.serving.triton_server import ServerOptions, _server_flags
 from minitron_build.serving.watch import WatchSettings
@@ -166,6 +167,15 @@ def test_flags_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert options.log_prompts
     care = serve._care(args)
     assert (care.restarts, care.watch, care.health_port) == (5, WatchSettings(30, 3), 9)
+
+
+def test_http_of_the_wheels_triton_is_opened_by_its_own_flag_only(tmp_path: Path) -> None:
+    (tmp_path / "python_backend_stubs").mkdir()
+    wheel, container = (
+        TritonInstall(tmp_path / name / "tritonserver", "a test") for name in ("bin", "x/bin")
+    )
+    assert [serve._http_host(None, install) for install in (wheel, container)] == ["127.0.0.1", None]
+    assert [serve._http_host("0.0.0.0", install) for install in (wheel, container)] == ["0.0.0.0", "0.0.0.0"]
 
 
 def test_open_server_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron_build.serving.supervisor import Care, say, serve
 from minitron_build.serving.token_probe import PROBE_PROMPT, probe_token
-from minitron_build.serving.triton_preflight import find_tritonserver
+from minitron_build.serving.triton_preflight import TritonInstall, find_tritonserver
 from minitron_build.serving.triton_security import (
     ADMIN_KEY_VARIABLE,
     API_KEY_VARIABLE,
@@ -141,8 +141,7 @@ def run(args: argparse.Namespace) -> int:
     machine = read_serving_machine(install)
     bundle = _choose(args.bundle, found, machine) if isinstance(found, tuple) else found
     engine = check_fit(bundle, machine)
-    if args.http_host is None and install.is_wheel:
-        args.http_host = LOOPBACK  # a body of 8 MB ends Triton 24.10, before any key is asked for
+    args.http_host = _http_host(args.http_host, install)
     options = _options(args, bundle.model_repo, engine.config.world_size if engine else 1, _start_s(bundle))
     check_before_start(options, install)
     care = _care(args)
@@ -159,6 +158,11 @@ def _warn_if_open(options: ServerOptions) -> None:
             f"warning: whoever reaches {options.address} can use this server; --api-key-file or --tls-ca "
             "closes it"
         )
+
+
+def _http_host(asked: str | None, install: TritonInstall) -> str | None:
+    """Where HTTP is to listen; a body of 8 MB ends Triton 24.10, before any key is asked for."""
+    return LOOPBACK if asked is None and install.is_wheel else asked
 
 
 def _choose(root: Path, candidates: tuple[Candidate, ...], machine: ServingMachine) -> Bundle:

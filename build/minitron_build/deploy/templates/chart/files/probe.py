@@ -3,8 +3,9 @@
 `probe.py start` fails until one token comes.
 `probe.py ready` fails when tokens have stopped coming: no counter of tokens has moved since the last call,
 and one that it asks for does not come either.
-`probe.py alive` fails only when the models answer with a fault: a dead model process, which Triton neither
-restarts nor reports. A server too busy to answer in time is alive.
+`probe.py alive` fails when the models answer with a fault, as when a model process is dead, which Triton
+neither restarts nor reports; and when no token comes and none has come to others since the last call. A
+server that is only too busy to answer in time is alive.
 `probe.py live` fails when Triton's own health does.
 `probe.py drain SECONDS` returns when the engine has no request, or when the time is over.
 Standard library only: it runs in the serving container.
@@ -34,10 +35,11 @@ REQUESTS_METRIC = "nv_trt_llm_request_metrics{"
 OPEN_REQUESTS = ('request_type="active"', 'request_type="waiting"')
 PROMPT = "def add(a, b):"
 TIMEOUT_S = 20.0
+SCRAPE_TIMEOUT_S = 5.0
 LEAVE_S = 5.0
 BUSY = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
 # What Triton and the text model say of a model process that has died, under UNAVAILABLE too.
-DEAD = ("is not healthy", "is gone")
+DEAD = ("is not healthy", "is gone", "cannot be reached")
 
 
 def ask(url: str, timeout_s: float) -> tuple[bool, str]:
@@ -65,44 +67,45 @@ def ask(url: str, timeout_s: float) -> tuple[bool, str]:
 
 
 def check(mode: str) -> int:
-    """0 for a server that has started or is alive, 1 with the reason on stderr."""
+    """0 for a server that gives a token, or only has no place for one; 1 with the reason on stderr."""
+    has_stalled = mode == "alive" and has_moved(mode) is False
     port = os.environ.get("PROBE_HTTP_PORT", "8000")
     model = os.environ.get("PROBE_MODEL", "tensorrt_llm_bls")
+    is_busy = False
     try:
         is_token, text = ask(GENERATE_URL.format(port=port, model=model), TIMEOUT_S)
+        is_busy = any(word in text for word in BUSY) and not any(word in text for word in DEAD)
     except TimeoutError:
-        is_token, text = mode == "alive", f"no answer in {TIMEOUT_S:g} s"
-    is_busy = any(word in text for word in BUSY) and not any(word in text for word in DEAD)
-    if is_token or (mode == "alive" and is_busy):
+        is_token, is_busy, text = False, True, f"no answer in {TIMEOUT_S:g} s"
+    if is_token or (mode == "alive" and is_busy and not has_stalled):
         return 0
-    print(f"probe {mode}: {text[:500]}", file=sys.stderr)
+    print(f"probe {mode}: {text[:500]}{', and no token for others' if has_stalled else ''}", file=sys.stderr)
     return 1
 
 
 def ready() -> int:
     """0 while tokens come: because someone gets them, or because one that is asked for comes."""
-    return 0 if has_moved() else check("ready")
+    return 0 if has_moved("ready") else check("ready")
 
 
-def has_moved() -> bool:
-    """Whether any counter of tokens is another than at the last call."""
+def has_moved(mode: str) -> bool | None:
+    """Whether any counter of tokens is another than at this mode's last call; None when there is none."""
     moving = [line for line in scrape().splitlines() if line.startswith(PROGRESS)]
-    now, file = "\n".join(moving), os.path.join(tempfile.gettempdir(), SEEN_FILE)
-    try:
+    now, file = "\n".join(moving), os.path.join(tempfile.gettempdir(), f"{SEEN_FILE}-{mode}")
+    before = None
+    if os.path.exists(file):
         with open(file, encoding="utf-8") as seen:
             before = seen.read()
-    except OSError:
-        before = now  # the first call
     with open(file, "w", encoding="utf-8") as seen:
         seen.write(now)
-    return bool(now) and now != before
+    return now != before if now and before is not None else None
 
 
 def scrape() -> str:
     """Prometheus' text; empty when Triton does not answer."""
     url = METRICS_URL.format(port=os.environ.get("PROBE_METRICS_PORT", "8002"))
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(url, timeout=SCRAPE_TIMEOUT_S) as response:
             return str(response.read().decode())
     except OSError as error:
         print(f"probe: {error}", file=sys.stderr)
