@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,14 @@ def calibrate(model: Float64Llama, weights: list[dict[str, torch.Tensor]]) -> di
     return amax
 
 
+@cache
+def _calibrated(
+    hf_dir: Path, num_layers: int | None
+) -> tuple[Float64Llama, list[dict[str, torch.Tensor]], dict[tuple[int, str], float]]:
+    model, weights = read_hf(hf_dir, num_layers)
+    return model, weights, calibrate(model, weights)
+
+
 def write_fp8_checkpoint(
     hf_dir: Path,
     out: Path,
@@ -141,8 +150,8 @@ def write_fp8_checkpoint(
         excluded: modules that stay bf16, such as "0.attention.qkv".
         num_layers: how many of the model's layers; None: all.
     """
-    model, weights = read_hf(hf_dir, num_layers)
-    amax, config = calibrate(model, weights), model.config
+    model, weights, amax = _calibrated(hf_dir, num_layers)
+    config = model.config
     out.mkdir(parents=True)
     per_stage = config["num_hidden_layers"] // pp_size
     for rank in range(tp_size * pp_size):

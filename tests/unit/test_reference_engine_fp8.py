@@ -59,14 +59,16 @@ def test_every_mapping_gives_the_same_bits(
     assert torch.equal(LlamaModel(cut, max_seq_len=64).last_logits(IDS), expected)
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kv_scale", [None, 1.0])
-def test_a_request_has_the_same_tokens_alone_and_in_any_company(
-    tiny_minitron: Path, tmp_path: Path, kv_scale: float | None, compute_dtype: str
+@pytest.mark.parametrize(
+    ("kv_scale", "compute_dtype", "keeps_fp8_bytes"),
+    [(None, "float32", False), (1.0, "float32", False), (1.0, "bfloat16", False), (1.0, "bfloat16", True)],
+)
+def test_a_request_has_the_same_bits_alone_and_in_any_company(
+    tiny_minitron: Path, tmp_path: Path, kv_scale: float | None, compute_dtype: str, keeps_fp8_bytes: bool
 ) -> None:
     checkpoint = write_fp8_checkpoint(tiny_minitron, tmp_path / "fp8", kv_scale=kv_scale)
     limits = EngineLimits(max_batch_size=32, max_input_len=400, max_seq_len=600, max_num_tokens=512)
-    engine = ReferenceEngine(checkpoint, limits, compute_dtype=compute_dtype)
+    engine = ReferenceEngine(checkpoint, limits, compute_dtype=compute_dtype, keeps_fp8_bytes=keeps_fp8_bytes)
 
     def run(numbers: list[int]) -> dict[str, list[tuple[int, bytes]]]:
         found: dict[str, list[tuple[int, bytes]]] = {str(number): [] for number in numbers}
