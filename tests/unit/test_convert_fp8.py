@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_build.build import build_bundle, plan_build
+from minitron_build.build import build_bundle, build_checkpoint, plan_build
 from minitron_build.bundle.bundle import Bundle
 from minitron_build.bundle.manifest import digest_file
 from minitron_build.calibration.amax import Calibration
@@ -297,3 +297,33 @@ def test_without_verification_nothing_is_claimed(tiny_minitron: Path, tmp_path: 
     bundle = build_bundle(plan, source, tmp_path / "out", verify=False)
     assert bundle.manifest.verification is None
     assert not (bundle.checkpoint / "verification.json").exists()
+
+
+def test_a_stopped_run_does_not_go_on_hashing(tiny_minitron: Path, tmp_path: Path) -> None:
+    """An interrupt in the first layer ends the other threads too, and leaves nothing that looks whole."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_minitron, tmp_path / "out", progress=_interrupt_after(0))
+    assert not (tmp_path / "out").exists()
+    convert(tiny_minitron, tmp_path / "out")
+    convert(tiny_minitron, tmp_path / "fresh")
+    assert same(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_large_keys_are_warned_about(
+    tiny_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(tiny_copy / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 2000
+    save_file(tensors, tiny_copy / "model.safetensors")
+    source = resolve_checkpoint(str(tiny_copy), None)
+    plan = plan_build(source, PlanRequest(arch="cpu", precision="fp8", calib_data=IDS, max_batch_size=2))
+    checkpoint = build_checkpoint(plan, source, tmp_path / "out", verify=False)
+    assert "an FP8 KV cache may cost accuracy" in capsys.readouterr().err
+    scales = load_file(checkpoint.path / "rank0.safetensors")
+    key, value, both = (
+        scales[f"transformer.layers.1.attention.{name}_cache_scaling_factor"].item()
+        for name in ("k", "v", "kv")
+    )
+    assert key > 1
+    assert value == 1
+    assert both == key

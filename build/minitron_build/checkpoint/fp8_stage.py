@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron_build.calibration.amax import CALIBRATION_NAME, KEY_SITE, VALUE_SITE, Calibration
 from minitron_build.calibration.samples import CalibrationSet, read_calibration_set
 from minitron_build.checkpoint.trtllm_checkpoint import TrtllmCheckpoint
 from minitron_build.checkpoint.work_folder import write_durably
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from minitron_build.source.hub import Source
 
 VERIFICATION_NAME = "verification.json"
+LARGE_KV_AMAX = 224.0
 SAY_EVERY_S = 30.0
 """How often a terminal that shows no bar is told how far the calibration is."""
 
@@ -51,6 +53,7 @@ def build_fp8_checkpoint(
             force=force,
             progress=progress,
         )
+    _warn_of_large_kv(Calibration.read(checkpoint_dir / CALIBRATION_NAME))
     if verify and not (checkpoint_dir / VERIFICATION_NAME).exists():
         _verify(checkpoint_dir, source)
     return checkpoint
@@ -69,6 +72,18 @@ def _say_what_is_calibrated(data: CalibrationSet) -> None:
     )
     for warning in data.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _warn_of_large_kv(calibration: Calibration) -> None:
+    """As ModelOpt warns: beyond half of what E4M3 holds, keys and values lose their small numbers."""
+    sites = (KEY_SITE, VALUE_SITE)
+    largest = max(layer.sites[site] for layer in calibration.layers for site in sites)
+    if largest > LARGE_KV_AMAX:
+        print(
+            f"warning: keys or values reach {largest:g}: an FP8 KV cache may cost accuracy; "
+            "compare with --kv-cache-dtype bf16",
+            file=sys.stderr,
+        )
 
 
 def _verify(checkpoint_dir: Path, source: Source) -> None:

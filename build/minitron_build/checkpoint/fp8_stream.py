@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from minitron_build.calibration.amax import Calibration, LayerAmax, read_layer_amax
@@ -119,7 +120,9 @@ def run_fp8(job: Fp8Job, work_dir: Path, *, is_resumed: bool, progress: Progress
     with ExitStack() as stack:
         files = _open_files(job, work_dir, stack, is_resumed=bool(layers))
         chores, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
-        sources = chores.submit(_hash_and_copy, job, files)
+        stop = Event()
+        stack.callback(stop.set)  # an interrupted run does not wait for what it will do again
+        sources = chores.submit(_hash_and_copy, job, files, stop)
         forward = _Forward(job, work_dir, journal)
         if layers and job.data is not None:
             progress(len(layers) * job.data.num_tokens)
@@ -130,6 +133,8 @@ def run_fp8(job: Fp8Job, work_dir: Path, *, is_resumed: bool, progress: Progress
             pieces = list(job.target.layer_pieces(index, weights, amax))
             if written is not None:
                 written.result()
+            if sources.done():
+                sources.result()  # a full disk is told now, not after the last layer
             layers.append(amax)
             entry = None
             if time.monotonic() - journalled_s >= JOURNAL_EVERY_S and len(layers) < job.num_layers:
@@ -267,24 +272,24 @@ def _read_layer(tensors: Mapping[str, tuple[int, TensorInfo]]) -> dict[str, Tens
     return weights
 
 
-def _hash_and_copy(job: Fp8Job, files: Sequence[PlannedFile]) -> dict[str, FileDigest]:
-    """Digest of every source file, and the tensors that are never quantised."""
-    digests = {shard.path.name: _hash_shard(shard) for shard in job.source.shards}
+def _hash_and_copy(job: Fp8Job, files: Sequence[PlannedFile], stop: Event) -> dict[str, FileDigest]:
+    """Digest of every source file, and the tensors that are never quantised; gives up when told to stop."""
+    digests = {shard.path.name: _hash_shard(shard, stop) for shard in job.source.shards}
     for copy in job.target.copies():
-        _copy_rows(job.source, copy, files[copy.file])
+        _copy_rows(job.source, copy, files[copy.file], stop)
     return digests
 
 
-def _hash_shard(shard: SafetensorsHeader) -> FileDigest:
+def _hash_shard(shard: SafetensorsHeader, stop: Event) -> FileDigest:
     """sha256 of a source file. Its pages stay cached: the layers are read from there."""
     digest = hashlib.sha256()
     with shard.path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while not stop.is_set() and (chunk := file.read(CHUNK_BYTES)):
             digest.update(chunk)
     return FileDigest(digest.hexdigest(), shard.file_bytes)
 
 
-def _copy_rows(source: HfCheckpoint, copy: CopiedRows, file: PlannedFile) -> None:
+def _copy_rows(source: HfCheckpoint, copy: CopiedRows, file: PlannedFile, stop: Event) -> None:
     """Rows of a source tensor to their place, in bf16, in chunks."""
     shard, info = source.tensors[copy.source]
     row_bytes = info.num_bytes // info.shape[0]
@@ -292,6 +297,8 @@ def _copy_rows(source: HfCheckpoint, copy: CopiedRows, file: PlannedFile) -> Non
     step = max(1, CHUNK_BYTES // row_bytes)
     with shard.path.open("rb", buffering=0) as shard_file:
         for row in range(*copy.rows, step):
+            if stop.is_set():
+                return
             count = min(step, copy.rows[1] - row)
             chunk = read_bytes(shard_file.fileno(), info.start + row * row_bytes, count * row_bytes)
             bits = as_bf16_rows(chunk, info)
