@@ -147,6 +147,8 @@ class AioResponses:
 
     def __init__(self, call: Any, reader: ResponseReader) -> None:
         self._call, self._reader = call, reader
+        # Cheaper for each message than call.read(); a unary call has none.
+        self._messages: Any = call.__aiter__() if hasattr(call, "__aiter__") else None
         self._is_cancelled = False
 
     async def read(self) -> InferResponse | None:
@@ -157,7 +159,11 @@ class AioResponses:
             asyncio.CancelledError: the reading task was cancelled, and with it the RPC.
         """
         try:
-            message = await self._call.read()
+            message = await self._messages.__anext__()
+        except StopAsyncIteration:
+            if not self._is_cancelled:
+                self._reader.check_whole()
+            return None
         except grpc.RpcError as error:
             if self._is_cancelled:
                 return None
@@ -167,9 +173,6 @@ class AioResponses:
                 return None
             await self._raise_if_the_server_s()
             raise
-        if not message:  # EOF
-            self._reader.check_whole()
-            return None
         if message.error_message:
             await self._drain()
             raise self._reader.refusal(message.error_message)
@@ -196,7 +199,7 @@ class AioResponses:
             self._call.cancel()
 
     async def _read_on(self) -> None:
-        while await self._call.read():
+        async for _ in self._messages:
             pass
 
 
