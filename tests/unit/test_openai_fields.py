@@ -6,6 +6,8 @@ import json
 from typing import Any, get_type_hints
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
@@ -81,6 +83,7 @@ def test_null_is_the_same_as_nothing() -> None:
     ("fields", "param", "says"),
     [
         ({"tempratur": 1}, "tempratur", "unrecognized request argument: tempratur"),
+        ({"foo-bar": 1}, "foo-bar", "unrecognized request argument: foo-bar"),
         ({"temperature": 2.1}, "temperature", "temperature must be less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "temperature must be a valid number"),
         ({"top_p": -0.1}, "top_p", "top_p must be greater than or equal to 0"),
@@ -147,6 +150,29 @@ def test_refused_in_a_chat(fields: dict[str, Any], param: str | None, says: str)
 def test_a_body_that_is_no_json_object(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is"):
         read_fields(CompletionFields, body)
+
+
+NAMES = sorted({*CompletionFields.model_fields, *ChatFields.model_fields, *REFUSED, *IGNORED, "other"})
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), st.booleans())
+def test_whatever_comes_is_read_or_refused(raw: dict[str, Any], is_chat: bool) -> None:
+    """No body makes the door fail, and every refusal can be sent."""
+    kind: type[SamplingFields] = ChatFields if is_chat else CompletionFields
+    raw = (raw | {"messages": USER}) if is_chat else (raw | {"prompt": "x"})
+    try:
+        sampling_params(read_fields(kind, json.dumps(raw).encode()), 16, 0, with_log_probs=False)
+    except ApiError as refused:
+        error = refused
+    else:
+        return
+    assert error.status == 400
+    json.dumps(error.body(), ensure_ascii=False).encode()
 
 
 def test_parts_of_a_message_are_joined() -> None:

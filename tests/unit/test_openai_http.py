@@ -130,6 +130,7 @@ async def test_errors_before_the_first_text(door: OpenDoor, stream: bool) -> Non
             assert (caught.value.type, caught.value.code) == (expected.kind, expected.code)
             is_retryable = TABLE.get(kind, TABLE[errors.InvalidRequestError]).is_retryable
             assert ("retry-after" in caught.value.response.headers) == is_retryable
+            assert door.client.calls[-1].request_id.startswith(str(caught.value.request_id))
 
 
 async def test_an_error_after_the_first_text(door: OpenDoor) -> None:

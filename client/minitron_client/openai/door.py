@@ -143,12 +143,16 @@ class Door:
             headers=trace_headers(request.headers),
         )
         answer_headers = {"x-request-id": reply.id}
-        if not reply.fields.stream:
-            whole = await until_disconnect(request, self._whole(reply, generation))
-            return JSONResponse(whole, headers=answer_headers)
-        events = self._events(reply, generation)
-        # An error has a status until the first text is out; from then on it is told in the stream.
-        first = await until_disconnect(request, anext(events))
+        try:
+            if not reply.fields.stream:
+                whole = await until_disconnect(request, self._whole(reply, generation))
+                return JSONResponse(whole, headers=answer_headers)
+            events = self._events(reply, generation)
+            # An error has a status until the first text is out; from then on it is told in the stream.
+            first = await until_disconnect(request, anext(events))
+        except ApiError as error:
+            error.headers += tuple(answer_headers.items())
+            raise
         return EventStream(_told(first, events), generation, headers=answer_headers)
 
     async def _whole(self, reply: Reply, generation: Generation) -> dict[str, object]:

@@ -215,9 +215,7 @@ def _without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _first_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # The names of a union's branches are pydantic's, not the caller's.
-    path = [part for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-    name = ".".join(str(part) for part in path) or "body"
+    name = ".".join(ascii(part).strip("'") for part in first["loc"]) or "body"
     if first["type"] == "extra_forbidden":
         return ApiError(f"unrecognized request argument: {name}", param=name, code="unknown_parameter")
     if first["type"] == "too_short":

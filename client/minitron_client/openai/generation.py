@@ -156,7 +156,6 @@ class Generation:
                 if failure is not None:
                     raise api_error(failure)
         finally:
-            self._running.ended(self)
             self.cancel()
 
     async def _next(self) -> tuple[list[Event], MinitronClientError | None]:
@@ -172,6 +171,7 @@ class Generation:
 
     def cancel(self) -> None:
         """Let what still runs be cancelled on the server; returns at once."""
+        self._running.ended(self)
         for task in self._tasks:
             task.cancel()
 
