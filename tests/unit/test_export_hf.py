@@ -82,6 +82,9 @@ def test_refusals(
     out, flags = tmp_path / "out", ("--calibration", str(calibrated))
     assert "--calib-samples with --calibration" in refused(tiny_minitron, out, *flags, "--calib-samples", "4")
     assert "calibration.json is missing" in refused(tiny_minitron, out, "--calibration", str(tmp_path))
+    (tmp_path / "bundle" / "model_repo").mkdir(parents=True)
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    assert "inside the bundle" in refused(tiny_minitron, tmp_path / "bundle" / "hf", *flags)
     tensors = load_file(tiny_copy / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
     save_file(tensors, tiny_copy / "model.safetensors")

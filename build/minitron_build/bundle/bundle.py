@@ -114,7 +114,7 @@ def check_output_dir(output_dir: Path) -> None:
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError("a file", expected="a folder for the bundle", where=str(output_dir))
-    _check_not_in_bundle(output_dir)
+    check_not_in_bundle(output_dir)
     names = {path.name.removesuffix(".partial").removesuffix(".old") for path in output_dir.glob("*")}
     foreign = sorted(names - OWN_NAMES)
     bundles = [name for name in bundle_names(output_dir) if name in foreign]
@@ -134,8 +134,12 @@ def check_output_dir(output_dir: Path) -> None:
         )
 
 
-def _check_not_in_bundle(output_dir: Path) -> None:
-    """A bundle's manifest lists every file below it: nothing may be built there."""
+def check_not_in_bundle(output_dir: Path) -> None:
+    """A bundle's manifest lists every file below it: nothing may be built there.
+
+    Raises:
+        CheckpointError: `output_dir` is inside a bundle.
+    """
     for parent in output_dir.absolute().parents:
         if (parent / MANIFEST_NAME).is_file() and (parent / MODEL_REPO_DIR).is_dir():
             raise CheckpointError(

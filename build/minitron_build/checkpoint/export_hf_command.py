@@ -47,9 +47,11 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export; the last line of stdout is JSON."""
+    from minitron_build.bundle.bundle import check_not_in_bundle
     from minitron_build.checkpoint.export_hf import export_hf_checkpoint
     from minitron_build.checkpoint.fp8_folder import Fp8Choice
 
+    check_not_in_bundle(args.output_dir)
     source = resolve_checkpoint(args.checkpoint, args.revision)
     calibration = _calibration(args, source)
     num_tokens = calibration.num_tokens if isinstance(calibration, CalibrationSet) else 1
