@@ -131,7 +131,7 @@ async def test_engine_that_hangs_turns_red_and_is_replaced(tiny_bundle: Bundle) 
         ends = await Load(served.document["grpc"], LONG, count=4).run(hang)
         assert {str(end).partition(":")[0] for end in ends} == {"UNAVAILABLE"}, ends
         await asyncio.to_thread(served.wait_for_ready, 200)
-        assert any("no token came for" in line for line in served.errors)
+        assert any("no token came for" in line for line in served.errors), served.errors
         assert await ask_short(served.document["grpc"])
 
 

@@ -156,6 +156,16 @@ def test_gauges_are_collected_at_each_hand_over(server: Server) -> None:
     assert _value(server, "minitron_engine_slots") == 8
 
 
+def test_gauges_are_right_from_the_start(server: Server) -> None:
+    """A reader takes an engine that is not up for a dead one."""
+    book = MetricBook(
+        ENGINE_METRICS, {"model": "m"}, server.make, lambda book: book.set("minitron_engine_up", 1)
+    )
+    book.start()
+    assert _value(server, "minitron_engine_up") == 1
+    book.close()
+
+
 def test_thread_hands_over_by_itself_and_at_the_end(
     server: Server, book: MetricBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,9 +188,9 @@ def test_server_that_takes_no_more_ends_the_thread_with_a_word(
     def refuse(line: Line, value: float) -> None:
         raise RuntimeError("gone")
 
+    book.start()
     monkeypatch.setattr(Line, "increment", refuse)
     book.refused("INTERNAL")
-    book.start()
     book.close()
     assert "metrics stand still" in caplog.text
 
