@@ -43,7 +43,7 @@ def prepare(work_dir: Path, layers: int) -> None:
 
 
 def run_timed(command: list[str]) -> dict[str, object]:
-    """Seconds, peak resident MiB, and the verdict on the last line of stdout."""
+    """Seconds of wall and of all cores, peak resident MiB, and the verdict on the last line of stdout."""
     started_s = time.monotonic()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -55,6 +55,7 @@ def run_timed(command: list[str]) -> dict[str, object]:
         "command": " ".join(command[3:]),
         "exit": child.returncode,
         "seconds": round(time.monotonic() - started_s, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mib": round(usage.ru_maxrss / 1024),
         "eval": json.loads(lines[-1])["eval"]["predicted_tokens"] if lines else None,
     }

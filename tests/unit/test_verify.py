@@ -78,6 +78,7 @@ def test_a_bf16_checkpoint_is_its_source(bf16: Path) -> None:
     assert result.facts["eval"]["predicted_tokens"] == 6 * 127
     assert 1 < result.facts["eval"]["source_perplexity"] < 4096
     assert result.facts["long_prompt"]["tokens"] == 8192
+    assert [row[0] for row in result.facts["long_prompt"]["by_position"]] == list(range(0, 8192, 256))
     assert [len(one["source_ids"]) for one in result.facts["golden_prompts"]] == [16] * 8
 
 

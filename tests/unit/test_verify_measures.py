@@ -48,7 +48,10 @@ def test_measures_by_hand() -> None:
     assert tokens.kl.tolist() == pytest.approx([0, divergence], abs=1e-6)
     assert tokens.mean_kl == pytest.approx(divergence / 2, rel=1e-5)
     assert tokens.top1_agreement == 0.5
-    assert tokens.by_position(1) == [(0, pytest.approx(1.826, rel=1e-3), pytest.approx(2.582, rel=1e-3))]
+    ((start, source, candidate, kl),) = tokens.by_position(10)
+    assert (start, source, candidate) == (0, tokens.source_perplexity, tokens.candidate_perplexity)
+    assert kl == tokens.mean_kl
+    assert [row[0] for row in tokens.by_position()] == [7, 8]
 
 
 def test_numbers_that_are_none_fail() -> None:

@@ -7,7 +7,7 @@ measures there are and which sequences they need; the measures themselves are ot
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from minitron_build.verify.side_by_side import (
     compare_tokens,
     run_side_by_side,
 )
-from minitron_build.verify.statistics import TokenComparison, compare_rows
+from minitron_build.verify.statistics import POSITION_BUCKETS, TokenComparison, compare_rows
 from minitron_build.verify.suggest import check_has_fp8, suggest
 from minitron_build.verify.thresholds import Thresholds
 
@@ -45,6 +45,7 @@ __all__ = ["VerifyRequest", "VerifyResult", "short_verify", "verify"]
 LONG_PROMPT_TOKENS = 8192
 LONG_PROMPT_ROWS = 64
 """Of the long prompt's end, so many tokens are compared: one alone would be a matter of luck."""
+DRAWN_ROWS = 16
 REPEAT_TOKENS = 256
 SHORT_SAMPLES, SHORT_SEQ_LEN = 8, 256
 SHORT_REASON = "left out of the short form: run minitron verify"
@@ -231,7 +232,7 @@ def _judge_eval(passed: SideBySide, eval_set: EvalSet) -> Finding:
         **eval_set.as_dict(),
         "source_perplexity": compared.source_perplexity,
         "candidate_perplexity": compared.candidate_perplexity,
-        "perplexity_by_position": compared.by_position(),
+        "by_position": compared.by_position(),
     }
     return Finding({name: getattr(compared, name) for name in names}, {"eval": facts})
 
@@ -260,8 +261,23 @@ def _judge_long_prompt(passed: SideBySide, index: int, ids: Ids) -> Finding:
         "last_token_kl": float(compared.kl[-1]),
         "last_token_cosine": float(torch.cosine_similarity(source[-1], candidate[-1], dim=0)),
         "last_token_is_same": bool(compared.is_same_top1[-1]),
+        "by_position": _drawn(passed, index, ids, max(DRAWN_ROWS, len(ids) // POSITION_BUCKETS)),
     }
     return Finding({"long_prompt_kl": compared.mean_kl}, {"long_prompt": facts})
+
+
+def _drawn(passed: SideBySide, index: int, ids: Ids, step: int) -> list[tuple[int, float, float, float]]:
+    """A long sequence by position: the first rows of every `step` are enough to draw it."""
+    return TokenComparison.joined(_samples_of(passed, index, ids, step)).by_position(step)
+
+
+def _samples_of(passed: SideBySide, index: int, ids: Ids, step: int) -> Iterator[TokenComparison]:
+    import torch
+
+    for start in range(0, len(ids) - DRAWN_ROWS, step):
+        end = start + DRAWN_ROWS
+        next_ids = torch.tensor(ids[start + 1 : end + 1])
+        yield compare_rows(*passed.logits(index, start, end), next_ids, start)
 
 
 def _judge_repeat(passed: SideBySide, index: int, num_tokens: int) -> Finding:

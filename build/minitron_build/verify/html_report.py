@@ -35,8 +35,9 @@ def _plots(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Title and SVG of each plot that the facts allow."""
     if "layers" in facts:
         yield "Error by layer", _svg(_layer_figure(facts["layers"]))
-    if "perplexity_by_position" in facts.get("eval", {}):
-        yield "Perplexity by position", _svg(_position_figure(facts["eval"]["perplexity_by_position"]))
+    for part, title in (("eval", "By position, held-out text"), ("long_prompt", "By position, long prompt")):
+        if facts.get(part, {}).get("by_position"):
+            yield title, _svg(_position_figure(facts[part]["by_position"]))
 
 
 def _layer_figure(layers: list[dict[str, float]]) -> Figure:
@@ -50,12 +51,16 @@ def _layer_figure(layers: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def _position_figure(rows: list[tuple[int, float, float]]) -> Figure:
+def _position_figure(rows: list[tuple[int, float, float, float]]) -> Figure:
+    """Perplexity of both models, and the KL divergence between them on an axis of its own."""
     figure, axes = _empty_figure("position in the sequence, tokens", "perplexity")
-    positions, source, candidate = zip(*rows, strict=True)
+    positions, source, candidate, divergence = zip(*rows, strict=True)
     axes.plot(positions, source, "-", label="source")
     axes.plot(positions, candidate, "--", label="candidate")
-    axes.legend()
+    other = axes.twinx()
+    other.plot(positions, divergence, ":", color="C2", label="KL divergence, nats (right)")
+    other.set_ylim(bottom=0)
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LOGIT_ROWS = 64
 """Rows whose logits of both models are in memory at once: 33 MB each at 128,256 tokens."""
 COMPARED_ROWS = 8192
-LOCAL_TOKENS = 1024
+LOCAL_TOKENS = 512
 """The first sequences, up to so many tokens, also show each layer's own error."""
 
 

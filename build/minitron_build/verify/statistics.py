@@ -72,17 +72,20 @@ class TokenComparison:
         """Share of tokens where both find the same one likeliest."""
         return float(self.is_same_top1.mean())
 
-    def by_position(self, num_buckets: int = POSITION_BUCKETS) -> list[tuple[int, float, float]]:
-        """(first position, source perplexity, candidate perplexity) of ranges of positions."""
+    def by_position(self, width: int | None = None) -> list[tuple[int, float, float, float]]:
+        """(first position, source perplexity, candidate perplexity, mean KL) of ranges of positions.
+
+        Args:
+            width: positions of a range; None: such that there are POSITION_BUCKETS at most.
+        """
         longest = int(self.positions.max()) + 1
-        width = max(1, -(-longest // num_buckets))
+        width = width or -(-longest // POSITION_BUCKETS)
         rows = []
         for start in range(0, longest, width):
             inside = (self.positions >= start) & (self.positions < start + width)
             if inside.any():
-                rows.append(
-                    (start, perplexity(self.source_nll[inside]), perplexity(self.candidate_nll[inside]))
-                )
+                source, candidate = (perplexity(one[inside]) for one in (self.source_nll, self.candidate_nll))
+                rows.append((start, source, candidate, float(self.kl[inside].mean())))
         return rows
 
     @classmethod
