@@ -272,7 +272,7 @@ class MetricBook:
             self._histograms[name].observe(value, times)
 
     def start(self) -> None:
-        """Hand over now, so that no gauge is read unset, and every FLUSH_INTERVAL_S on a thread of its own."""
+        """Hand over now, so that no gauge is read unset, and every FLUSH_INTERVAL_S on an own thread."""
         self.flush()
         self._thread = threading.Thread(target=self._flush_work, name="metrics", daemon=True)
         self._thread.start()
