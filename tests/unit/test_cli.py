@@ -84,15 +84,22 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert main(["build", "--output-dir", str(tmp_path)]) == EXIT_INTERRUPTED
 
 
+@pytest.mark.parametrize(
+    ("package", "extra"), [("torch", "local"), ("fastapi", "openai"), ("uvicorn.config", "openai")]
+)
 def test_missing_package_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    package: str,
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def missing(_: object) -> int:
-        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
     monkeypatch.setattr("minitron_build.build.run", missing)
     assert main(["build", "--output-dir", str(tmp_path)]) == 1
-    assert "pip install 'minitron-trtllm[local]'" in capsys.readouterr().err
+    assert f"pip install 'minitron-trtllm[{extra}]'" in capsys.readouterr().err
 
 
 def test_the_door_is_the_verb(tiny_minitron: Path, tmp_path: Path) -> None:
