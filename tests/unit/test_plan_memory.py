@@ -11,6 +11,7 @@ import pytest
 
 from minitron_build.checkpoint.weight_map import Mapping
 from minitron_build.errors import PlanError
+from minitron_build.planning.fp8_plan import plan_fp8
 from minitron_build.planning.gpu_models import GPU_MODELS, find_model, find_models, model_of, smallest_model
 from minitron_build.planning.limits import Limits
 from minitron_build.planning.memory_model import (
@@ -22,6 +23,7 @@ from minitron_build.planning.memory_model import (
     model_bytes,
     stage_needs,
 )
+from minitron_build.planning.request import PlanRequest
 from minitron_build.planning.roofline import decode_tokens_per_s, prefill_tokens_per_s, rates_of
 from minitron_build.planning.targets import GENERATIONS, TARGETS, Gpu
 from minitron_build.source.model_config import ModelConfig
@@ -156,6 +158,27 @@ def test_stages_need_what_they_hold() -> None:
     assert needs["checkpoint"].disk_bytes == model("bf16", Mapping(2, 1)).total_weights_bytes
     assert needs["engine"].ram_bytes == 2 * model("bf16", Mapping(2, 1)).weights_bytes + 4 * GIB
     assert needs["engine"].gpu_bytes == model("bf16", Mapping(2, 1)).weights_bytes + 2 * GIB
+
+
+def test_calibration_takes_what_was_measured_and_no_more_than_a_laptop_has() -> None:
+    """1199 MiB were measured with 32 samples of 512 tokens; the plan must not promise less."""
+    request = PlanRequest(arch="hopper", precision="fp8", calib_samples=32)
+    fp8, _ = plan_fp8(CONFIG, ONE, request, "fp8")
+    assert fp8 is not None
+    model = model_bytes(CONFIG, ONE, "fp8", "fp8", fp8)
+    ram_bytes = stage_needs(model, 0)["checkpoint"].ram_bytes
+    assert 1199 << 20 < ram_bytes < 1.5 * GIB
+    default, _ = plan_fp8(CONFIG, ONE, PlanRequest(arch="hopper", precision="fp8"), "fp8")
+    assert default is not None
+    assert default.ram_bytes(CONFIG) < 2.5 * GIB
+
+
+def test_excluded_layers_take_two_bytes_a_number() -> None:
+    request = PlanRequest(arch="hopper", precision="fp8", fp8_exclude=("*.mlp.proj",))
+    fp8, decisions = plan_fp8(CONFIG, ONE, request, "fp8")
+    whole, kept = (model_bytes(CONFIG, ONE, "fp8", "fp8", plan).weights_bytes for plan in (None, fp8))
+    assert kept - whole == 32 * 3072 * 9216
+    assert "32 linear layers stay bf16" in [decision.value for decision in decisions]
 
 
 def test_more_requests_bring_more_until_memory_or_arithmetic_is_full() -> None:
