@@ -5,6 +5,7 @@ It knows names, defaults and what makes a value unusable. It opens no connection
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron_client.errors import InvalidValueError
+
+_log = logging.getLogger("minitron_client")
 
 URL_VARIABLE = "MINITRON_URL"
 API_KEY_VARIABLE = "MINITRON_API_KEY"
@@ -36,6 +39,7 @@ API_KEY_HEADER = "triton-grpc-protocol-minitron-key"
 """What Triton compares with its `--grpc-restricted-protocol=…:minitron-key=KEY`."""
 FORBIDDEN_HEADERS: dict[str, str] = {"triton_grpc_error": "it can crash Triton 24.10"}
 
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _URL = re.compile(r"^(?:\[[0-9a-fA-F:.%]+\]|[^\s:/\[\],]+):(\d{1,5})$")
 _HEADER_NAME = re.compile(r"^[0-9a-z_.-]+$")
 _HEADER_VALUE = re.compile(r"^[\x20-\x7e]*$")
@@ -109,6 +113,14 @@ class ClientSettings:
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise InvalidValueError(f"max_retries must be an integer from 0, got {retries!r}")
         object.__setattr__(self, "headers", checked_headers(self.headers))
+        self._warn_of_an_open_key()
+
+    def _warn_of_an_open_key(self) -> None:
+        """A key in plain text is for everyone on the way to read."""
+        if self.tls is None and API_KEY_HEADER in self.headers:
+            for url in self.urls:
+                if url.rpartition(":")[0] not in _LOOPBACK:
+                    _log.warning("the API key goes to %s in plain text; give tls= or MINITRON_TLS=1", url)
 
     @classmethod
     def of(

@@ -89,6 +89,19 @@ def test_tls_files_are_looked_at_before_anything_is_sent(tmp_path: Path) -> None
         TlsConfig(cert_file=tmp_path / "cert.pem")
 
 
+def test_a_key_that_leaves_the_machine_in_plain_text_is_warned_of(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make("localhost:8001,127.0.0.1:8001", api_key="secret")
+    make("triton.example.org:8001", api_key="secret", tls=TlsConfig())
+    make("triton.example.org:8001")
+    assert not caplog.records
+    make("localhost:8001,triton.example.org:8001", api_key="secret")
+    (record,) = caplog.records
+    assert "the API key goes to triton.example.org:8001 in plain text" in record.getMessage()
+    assert "secret" not in caplog.text
+
+
 def test_a_wrong_request_id_or_header_of_one_request_is_refused() -> None:
     with MinitronClient("127.0.0.1:1") as client:
         with pytest.raises(InvalidValueError, match="triton_grpc_error is never sent"):
