@@ -7,26 +7,23 @@ tokens together in row counts that `linear` has proven, attention per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .checkpoint import StoredLayer, StoredLinear
+from .checkpoint import StoredLayer
 from .config import CheckpointConfig
 from .kv_cache import SequenceKvCache
-from .linear import Compute, Projection, RowLadder, make_projection
+from .linear import Compute, Each, Projection, RowLadder, make_projection
 from .rope import RopeTable, rotate
 
 # Elementwise kernels treat the last few numbers of a call apart: whole multiples of this have no last few.
 VECTOR_NUMBERS = 32
 # Below this, torch runs an elementwise call on one thread, so threads cannot cut it unevenly.
 SINGLE_THREAD_NUMBERS = 32768
-
-
-Each = Callable[[Callable[[StoredLinear], Projection], Iterable[StoredLinear]], Iterable[Projection]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -175,7 +175,8 @@ class OutputHead:
 
     def __init__(self, source: ModelSource, compute: Compute) -> None:
         self._norm, self._epsilon = compute.owned(source.final_norm()), source.config.norm_epsilon
-        self._projections = make_projections(source.lm_head(), compute)
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
+            self._projections = make_projections(source.lm_head(), compute, each=pool.map)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

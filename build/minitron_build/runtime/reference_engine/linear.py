@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -198,13 +199,18 @@ def _cast_scales(scales: Fp8Scales, dtype: torch.dtype) -> tuple[float, float]:
     return activation, weights
 
 
-def make_projections(stored: StoredLinear, compute: Compute) -> list[Projection]:
+Each = Callable[[Callable[[StoredLinear], Projection], Iterable[StoredLinear]], Iterable[Projection]]
+"""`map`, or a thread pool's."""
+
+
+def make_projections(stored: StoredLinear, compute: Compute, *, each: Each = map) -> list[Projection]:
     """A stored weight [outputs, inputs] ready for products, cut where it has very many outputs.
 
     The result holds its own copy; join the outputs of several projections along the last dimension.
     """
-    parts = torch.split(stored.weight, MAX_OUTPUTS_PER_PROJECTION)
-    return [make_projection(StoredLinear(part, stored.scales), compute) for part in parts]
+    weights = torch.split(stored.weight, MAX_OUTPUTS_PER_PROJECTION)
+    parts = [StoredLinear(weight, stored.scales) for weight in weights]
+    return list(each(partial(make_projection, compute=compute), parts))
 
 
 def make_projection(stored: StoredLinear, compute: Compute) -> Projection:

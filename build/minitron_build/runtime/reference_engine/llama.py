@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,24 +87,20 @@ class LlamaModel:
         check_frequencies(reader)
         # Kept as stored: a looked-up row is widened without loss, and a bf16 table stays small.
         self._embedding = reader.embedding().to(self._compute.device, copy=True)
-        self._layers = self._load_layers(reader)
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
+            indices = range(self.config.num_hidden_layers)
+            self._layers = list(pool.map(partial(self._load_layer, reader), indices))
+            self._lm_head = make_projections(reader.lm_head(), self._compute, each=pool.map)
         self._final_norm = self._compute.owned(reader.final_norm())
-        self._lm_head = make_projections(reader.lm_head(), self._compute)
         reader.release()
         self._rope = RopeTable(self.config, max_seq_len, self._compute)
         projections = [one for layer in self._layers for one in layer.projections]
         self.row_ladder = probe_row_ladder([*projections, *self._lm_head], self._compute.device)
 
-    def _load_layers(self, reader: CheckpointReader) -> list[DecoderLayer]:
-        """All layers, several at a time."""
-
-        def load(index: int) -> DecoderLayer:
-            layer = DecoderLayer(self.config, reader.layer(index), self._compute, index)
-            reader.release()  # so that the file's pages do not pile up beside the weights
-            return layer
-
-        with ThreadPoolExecutor(LOADING_THREADS) as pool:
-            return list(pool.map(load, range(self.config.num_hidden_layers)))
+    def _load_layer(self, reader: CheckpointReader, index: int) -> DecoderLayer:
+        layer = DecoderLayer(self.config, reader.layer(index), self._compute, index)
+        reader.release()  # so that the file's pages do not pile up beside the weights
+        return layer
 
     def new_cache(self) -> SequenceKvCache:
         """An empty KV cache for one sequence."""
