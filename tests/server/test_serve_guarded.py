@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ from triton_repos import serving
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from minitron_build.bundle.bundle import Bundle
+from minitron_build.serving.supervisor import POLL_INTERVAL_S
 from minitron_build.serving.triton_server import free_ports
+from minitron_build.serving.triton_stubs import live_stubs, read_state
 from minitron_client import MinitronClient, TlsConfig
 from minitron_client.errors import AuthError, ServerConnectionError
 
@@ -156,13 +159,22 @@ def test_models_are_loaded_by_the_administrator_only(guarded: Guarded) -> None:
         with pytest.raises(grpc.RpcError, match="This protocol is restricted"):
             guarded.ask("RepositoryIndex", service_pb2.RepositoryIndexRequest(), **keys)
     assert guarded.post("/v2/repository/models/postprocessing/load", {}, minitron_key=API_KEY)[0] == 403
+    stubs = live_stubs(guarded.document["pid"])
+    (old_pid,) = (pid for pid, instance in stubs.items() if instance.startswith("postprocessing"))
     guarded.ask("RepositoryModelUnload", unload, minitron_admin_key=ADMIN_KEY)
+    deadline_s = time.monotonic() + 30
+    while not read_state(old_pid).is_dead:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
     load = service_pb2.RepositoryModelLoadRequest(model_name="postprocessing")
     guarded.ask("RepositoryModelLoad", load, minitron_admin_key=ADMIN_KEY)
     index = guarded.ask(
         "RepositoryIndex", service_pb2.RepositoryIndexRequest(ready=True), minitron_admin_key=ADMIN_KEY
     )
     assert "postprocessing" in {model.name for model in index.models}
+    time.sleep(2 * POLL_INTERVAL_S)
+    with urllib.request.urlopen(f"{guarded.health_url}/ready", timeout=5) as answer:
+        assert json.loads(answer.read())["restarts"] == 0, "unloaded is not died"
 
 
 def test_shared_memory_log_and_trace_are_closed_to_callers(guarded: Guarded) -> None:
@@ -206,6 +218,7 @@ def test_drains_on_sigterm(guarded: Guarded) -> None:
     _, errors = guarded.process.communicate(timeout=40)
     assert guarded.process.returncode == 0, errors
     assert "draining" in errors
+    assert "restart" not in errors, "a model that was unloaded and loaded again is not taken for dead"
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{guarded.health_url}/live", timeout=5)
 

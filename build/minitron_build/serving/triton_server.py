@@ -51,6 +51,7 @@ LogCallback = Callable[[str], None]
 
 LOG_LINES_KEPT = 2000
 POLL_INTERVAL_S = 0.1
+NOTE_INTERVAL_S = 1.0  # a look at every process of the machine
 EXIT_GRACE_S = 5.0  # beyond the drain: Triton looks only once a second whether it may go
 STUB_LOSS_GRACE_S = 10.0  # a server that lost a stub while loading either says why and exits, or hangs
 OWN_PREFIX = "minitron_triton_"
@@ -391,8 +392,12 @@ class TritonServer:
 
     def _watch_stubs(self) -> None:
         # Triton neither restarts a dead stub nor reports it: health stays 200 and its streams hang.
+        noted_s = time.monotonic()
         while not self._is_stopping and self.is_running:
             time.sleep(POLL_INTERVAL_S)
+            if time.monotonic() > noted_s + NOTE_INTERVAL_S:
+                self._note_stubs()  # of models that were loaded since
+                noted_s = time.monotonic()
             dead = describe_death(self._stubs)
             if dead and not self._is_stopping and self.is_running:
                 self.stub_died = dead

@@ -1,7 +1,7 @@
 """Triton's Python processes ("stubs") as /proc shows them: which live, and how one died.
 
-Triton starts one per instance of a Python model, does not reap it, and does not notice its death. This
-module reads /proc; it knows nothing of logs, ports or models' meaning.
+Triton starts one per instance of a Python model, reaps it only when it unloads the model, and does not
+notice its death. This module reads /proc; it knows nothing of logs, ports or models' meaning.
 """
 
 from __future__ import annotations
@@ -94,10 +94,14 @@ def has_dead_children(server_pid: int) -> bool:
 
 
 def describe_death(stubs: Mapping[int, str]) -> str | None:
-    """The first of these stubs that has died, in words; None while all live."""
+    """The first of these stubs that has died, in words; None while all live.
+
+    One that has gone without a trace was unloaded: its server has waited for its end, which it does for none
+    that dies.
+    """
     for pid, instance in stubs.items():
         state = read_state(pid)
-        if state.is_dead:
+        if state.is_dead and state.letter:
             return f"the Python process of model instance {instance} died ({status_words(state.wait_status)})"
     return None
 
