@@ -393,6 +393,25 @@ async def test_a_cross_origin_question_is_not_allowed(door: OpenDoor) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
+async def test_a_named_origin_is_let_in() -> None:
+    friend, stranger = "https://chat.example.org", "https://elsewhere.example"
+    async with open_door(PlayingClient(), keys=ApiKeys([KEY]), origins=(friend,)) as door:
+        url = f"{door.url}/v1/completions"
+        for origin, status in ((friend, 200), (stranger, 400)):
+            asks = {
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "authorization",
+            }
+            preflight = await door.http.options(url, headers={"origin": origin} | asks)
+            assert preflight.status_code == status
+        headers = {"origin": friend, "authorization": f"Bearer {KEY}"}
+        answer = await door.http.post(url, json={"prompt": "x"}, headers=headers)
+        without_key = await door.http.post(url, json={"prompt": "x"}, headers={"origin": friend})
+    assert (answer.status_code, without_key.status_code) == (200, 401)
+    for told in (answer, without_key):
+        assert told.headers["access-control-allow-origin"] == friend
+
+
 async def test_an_address_that_is_taken(door: OpenDoor) -> None:
     from minitron_client.openai.http_server import HttpSettings, listen
 

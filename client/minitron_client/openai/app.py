@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -56,6 +57,14 @@ def make_app(door: Door) -> FastAPI:
     app.add_middleware(_Measured, metrics=door.metrics)
     if door.settings.host_names:
         app.add_middleware(_NamedRightly, names=door.settings.host_names)
+    if door.settings.origins:  # preflights carry no key and are answered here
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=door.settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app
 
 

@@ -50,6 +50,7 @@ class DoorSettings:
         default_chat_tokens: tokens of a chat answer where the request does not say.
         max_body_bytes: the largest body that is read.
         host_names: names that requests may call the door by; none: any.
+        origins: other sites whose pages may call the door, such as "https://chat.example.org".
     """
 
     model: str
@@ -59,6 +60,7 @@ class DoorSettings:
     default_chat_tokens: int = DEFAULT_CHAT_TOKENS
     max_body_bytes: int = MAX_BODY_BYTES
     host_names: frozenset[str] = frozenset()
+    origins: tuple[str, ...] = ()
 
 
 class Door:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import logging
+import re
 import signal
 import sys
 from pathlib import Path
@@ -51,6 +52,10 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-anonymous", action="store_true",
         help="let anybody in without an API key: from beyond this machine, and by any host name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="another site whose pages may call, such as https://chat.example.org; repeatable (default none)",
     )  # fmt: skip
     parser.add_argument(
         "--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate chain (PEM)"
@@ -111,8 +116,17 @@ def _settings(args: argparse.Namespace) -> DoorSettings:
         timeout_s=args.timeout_s,
         default_chat_tokens=args.default_chat_tokens,
         max_body_bytes=args.max_body_bytes,
+        origins=_origins(args.allow_origin),
         host_names=frozenset() if keys or args.allow_anonymous else LOOPBACK,
     )
+
+
+def _origins(given: list[str]) -> tuple[str, ...]:
+    """Origins as browsers send them; `*` would let every page of the web in and is none."""
+    for origin in given:
+        if not re.fullmatch(r"https?://[^\s/*]+", origin):
+            raise InvalidValueError(f"--allow-origin {origin} is not SCHEME://HOST[:PORT] without a path")
+    return tuple(given)
 
 
 async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSettings) -> signal.Signals:
