@@ -12,13 +12,13 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 from minitron_build.errors import MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from http.server import BaseHTTPRequestHandler
 
 OK, NOT_FOUND, UNAVAILABLE = 200, 404, 503
 
@@ -77,6 +77,8 @@ def telling(state: ServeState, address: str, port: int | None) -> Iterator[None]
     if port is None:
         yield
         return
+    from http.server import ThreadingHTTPServer
+
     try:
         server = ThreadingHTTPServer((address, port), _handler(state))
     except OSError as error:
@@ -95,6 +97,8 @@ def telling(state: ServeState, address: str, port: int | None) -> Iterator[None]
 
 
 def _handler(state: ServeState) -> type[BaseHTTPRequestHandler]:
+    from http.server import BaseHTTPRequestHandler
+
     class Handler(BaseHTTPRequestHandler):
         timeout = 5.0  # a caller that sends nothing holds its thread no longer
 
