@@ -48,7 +48,7 @@ class AioConnection:
         ClientClosedError: this process is the child of one that had such a channel open when it forked.
     """
 
-    _open: ClassVar[weakref.WeakSet[AioConnection]] = weakref.WeakSet()
+    _alive: ClassVar[weakref.WeakSet[AioConnection]] = weakref.WeakSet()
     _is_fork: ClassVar[bool] = False
 
     def __init__(self, url: str, tls: TlsConfig | None = None) -> None:
@@ -57,7 +57,7 @@ class AioConnection:
                 "this process was forked while grpc.aio was in use, which does not survive a fork; use "
                 "MinitronClient here, or start the process with spawn"
             )
-        self._open.add(self)
+        self._alive.add(self)
         self.url = url
         self._channel, self._stub = make_stub(grpc.aio, url, tls)
 
@@ -131,12 +131,12 @@ class AioConnection:
 
     async def close(self) -> None:
         """Close the channel; calls that still run are cancelled."""
-        self._open.discard(self)
+        self._alive.discard(self)
         await self._channel.close(None)
 
     @classmethod
     def _after_fork(cls) -> None:
-        cls._is_fork = cls._is_fork or len(cls._open) > 0
+        cls._is_fork = cls._is_fork or len(cls._alive) > 0
 
 
 os.register_at_fork(after_in_child=AioConnection._after_fork)
