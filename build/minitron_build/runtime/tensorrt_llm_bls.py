@@ -84,7 +84,10 @@ class _Call:
     priority_level: int
     deadline_s: float | None
     remaining: int
-    streams: tuple[_Stream, ...] = ()
+    numbers: tuple[int, ...] = ()
+    """Of its sequences. Not the streams, which have it already: what refers to itself is freed late."""
+    was_stopped: bool = False
+    """One of its sequences was stopped before it was complete."""
     is_closed: bool = False
     """The final response has gone out; from here on Triton must not be asked about the request."""
 
@@ -168,19 +171,20 @@ class TritonPythonModel:
 
     def _accept(self, arrival: _Arrival, inputs: Inputs) -> None:
         try:
-            call = self._open(arrival, inputs)
+            streams = self._open(arrival, inputs)
         except Exception as error:
             self._refuse(arrival, error)
             return
+        call = streams[0].call
         engine_outputs = _engine_outputs(call.asked)
         try:
-            for stream in call.streams:
+            for stream in streams:
                 inputs_of = stream.text.sequence.engine_inputs
                 self._route.ask(stream.number, inputs_of, engine_outputs, call.priority_level)
         except Exception as error:
             # Through the loop: a sequence that was accepted may already be sending.
-            for stream in call.streams:
-                self._streams.pop(stream.number, None)
+            for number in call.numbers:
+                self._streams.pop(number, None)
             self._failed.put((call, tensors.as_status(error, self._name)))
             self._route.wake()
 
@@ -189,7 +193,7 @@ class TritonPythonModel:
         self._metrics.refused(status.status)
         tensors.send_final(arrival.sender, tensors.error_response(status))
 
-    def _open(self, arrival: _Arrival, inputs: Inputs) -> _Call:
+    def _open(self, arrival: _Arrival, inputs: Inputs) -> tuple[_Stream, ...]:
         if self._logs_prompts:
             _log_prompts(arrival.request.request_id(), inputs)
         asked = read_text_request(inputs, self._encoder)
@@ -197,18 +201,20 @@ class TritonPythonModel:
         with self._lock:
             self._check_room(len(asked.sequences))
             call = self._new_call(arrival, asked, priority_level)
+            streams = self._new_streams(call)
+            call.numbers = tuple(stream.number for stream in streams)
             is_first = not self._calls
             self._calls.add(call)
-            self._streams.update((stream.number, stream) for stream in call.streams)
+            self._streams.update(zip(call.numbers, streams, strict=True))
         if is_first:
             self._route.wake()  # the loop waits without an end while nothing is open
-        return call
+        return streams
 
     def _new_call(self, arrival: _Arrival, asked: TextRequest, priority_level: int) -> _Call:
         meter = RequestMeter(self._metrics, arrival.arrived_s)
         meter.accepted(sum(sequence.input_tokens for sequence in asked.sequences))
         meter.scheduled()
-        call = _Call(
+        return _Call(
             request=arrival.request,
             request_id=arrival.request.request_id(),
             sender=arrival.sender,
@@ -219,8 +225,6 @@ class TritonPythonModel:
             deadline_s=_deadline_s(arrival),
             remaining=len(asked.sequences),
         )
-        call.streams = self._new_streams(call)
-        return call
 
     def _check_room(self, num_sequences: int) -> None:
         if len(self._streams) + num_sequences > self._max_streams:
@@ -283,7 +287,7 @@ class TritonPythonModel:
     def _feed(self, stream: _Stream, step: EngineStep) -> None:
         if step.is_last:
             stream.has_ended = True
-            del self._streams[stream.number]
+            self._streams.pop(stream.number, None)
         try:
             if step.error is not None:
                 raise step.error
@@ -302,6 +306,7 @@ class TritonPythonModel:
             return
         response = tensors.response(arrays)
         stream.is_told = has_finished
+        call.was_stopped |= stream.text.finish_reason == "cancelled"
         call.remaining -= has_finished
         if has_finished and not stream.has_ended:
             self._route.stop(stream.number)  # the text is complete: the engine's slot is free for another
@@ -323,7 +328,7 @@ class TritonPythonModel:
     def _close(self, call: _Call, response: Any) -> None:
         """Send the one final response; whatever happens to it, the request is over."""
         call.is_closed = True
-        call.meter.end(CANCELLED if _was_stopped(call) else None)
+        call.meter.end(CANCELLED if call.was_stopped else None)
         self._calls.discard(call)
         try:
             tensors.send_final(call.sender, response)
@@ -362,9 +367,8 @@ class TritonPythonModel:
                 self._stop_streams(call)
 
     def _stop_streams(self, call: _Call) -> None:
-        for stream in call.streams:
-            if not stream.has_ended:
-                self._route.stop(stream.number)
+        for number in call.numbers:
+            self._route.stop(number)
 
 
 def _route(parameters: Parameters, max_streams: int) -> EngineRoute:
@@ -372,10 +376,6 @@ def _route(parameters: Parameters, max_streams: int) -> EngineRoute:
     if parameters.flag("engine_link"):
         return LinkRoute(model_name)
     return TritonRoute(model_name, max_streams, parameters.number("max_engine_silence_s"))
-
-
-def _was_stopped(call: _Call) -> bool:
-    return any(stream.text.finish_reason == "cancelled" for stream in call.streams)
 
 
 def _deadline_s(arrival: _Arrival) -> float | None:
