@@ -184,7 +184,7 @@ def small_call_error(code: str, details: str, url: str, timeout_s: float) -> Min
     """The error of a call that takes milliseconds where a server is there at all."""
     if code == "DEADLINE_EXCEEDED":
         return ServerConnectionError(
-            f"no answer from {url} within {timeout_s:g} s; is a server running there?", code=code
+            f"no answer from {url} within {round(timeout_s, 2):g} s; is a server running there?", code=code
         )
     return call_error(code, details, url)
 
