@@ -19,6 +19,7 @@ from minitron_client.sampling import SamplingParams
 from minitron_client.sampling_flags import add_sampling_flags, sampling_of
 
 DEFAULT_CONCURRENCY = 32
+EXIT_USAGE = 2
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +49,13 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print; Ctrl-C cancels on the server on its way out.
 
     Returns:
-        0 when every completion came; 1 when one of a batch failed.
+        0 when every completion came; 1 when one of a batch failed; 2 for flags that do not go together.
     """
+    problem = _usage_problem(args)
+    if problem:
+        print(f"minitron: {problem}", file=sys.stderr)
+        return EXIT_USAGE
     sampling = sampling_of(args)
-    if (args.batch is None) != (args.output is None):
-        raise InvalidValueError("--batch and --output belong together; give both")
     if args.batch is not None:
         return _run_batch(args, sampling)
     prompt = _prompt(args)
@@ -71,9 +74,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace) -> str:
+def _usage_problem(args: argparse.Namespace) -> str | None:
+    """What is wrong with the flags as they stand together."""
+    if (args.batch is None) != (args.output is None):
+        return "--batch and --output belong together; give both"
+    if args.batch is not None:
+        has_own = args.prompt is not None or args.prompt_file is not None or args.stream
+        return (
+            "--batch has its own prompts; leave out PROMPT, --prompt-file and --stream" if has_own else None
+        )
     if (args.prompt is None) == (args.prompt_file is None):
-        raise InvalidValueError("give one of PROMPT, - for stdin, --prompt-file and --batch")
+        return "give one of PROMPT, - for stdin, --prompt-file and --batch"
+    return None
+
+
+def _prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is not None:
         try:
             return str(args.prompt_file.read_text(encoding="utf-8"))
@@ -87,8 +102,6 @@ def _prompt(args: argparse.Namespace) -> str:
 def _run_batch(args: argparse.Namespace, sampling: SamplingParams) -> int:
     from minitron_client.batch_file import complete_file
 
-    if args.prompt is not None or args.prompt_file is not None or args.stream:
-        raise InvalidValueError("--batch has its own prompts; leave out PROMPT, --prompt-file and --stream")
     report = complete_file(
         args.batch, args.output, sampling, client_options(args), concurrency=args.concurrency
     )
