@@ -69,6 +69,7 @@ def test_wheel_carries_everything(tmp_path: Path) -> None:
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for wanted in (
         "minitron_build/checkpoint/convert.py",
+        "minitron_build/calibration/default_set/prose.txt",
         "minitron_build/runtime/reference_engine/__init__.py",
         "minitron_build/_model_repo/ensemble/config.pbtxt",
         "minitron_build/demo_model/checkpoint/model.safetensors",
