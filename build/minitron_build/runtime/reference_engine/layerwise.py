@@ -17,17 +17,17 @@ layer put together from two: `runner.run_stored(dataclasses.replace(fp8_layer, q
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointReader, ModelSource, StoredLayer
+from .checkpoint import CheckpointReader, ModelSource, StoredLayer, StoredLinear
 from .config import CheckpointConfig, read_checkpoint_config
 from .decoder import DecoderLayer, Rows, rms_norm
 from .kv_cache import SequenceKvCache
-from .linear import LOADING_THREADS, Compute, make_projections
+from .linear import LOADING_THREADS, Compute, MakeProjection, Projection, make_projections
 from .llama import COMPUTE_DTYPES, PREFILL_CHUNK_TOKENS, check_compute, check_frequencies, default_num_threads
 from .rope import RopeTable
 
@@ -175,8 +175,13 @@ class OutputHead:
 
     def __init__(self, source: ModelSource, compute: Compute) -> None:
         self._norm, self._epsilon = compute.owned(source.final_norm()), source.config.norm_epsilon
-        with ThreadPoolExecutor(LOADING_THREADS) as pool:
-            self._projections = make_projections(source.lm_head(), compute, each=pool.map)
+
+        def each_then_release(make: MakeProjection, parts: Iterable[StoredLinear]) -> Iterator[Projection]:
+            for part in parts:
+                yield make(part)
+                source.release()  # or the whole head would stand in memory twice
+
+        self._projections = make_projections(source.lm_head(), compute, each=each_then_release)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -199,7 +199,8 @@ def _cast_scales(scales: Fp8Scales, dtype: torch.dtype) -> tuple[float, float]:
     return activation, weights
 
 
-Each = Callable[[Callable[[StoredLinear], Projection], Iterable[StoredLinear]], Iterable[Projection]]
+MakeProjection = Callable[[StoredLinear], Projection]
+Each = Callable[[MakeProjection, Iterable[StoredLinear]], Iterable[Projection]]
 """`map`, or a thread pool's."""
 
 
