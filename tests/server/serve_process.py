@@ -33,9 +33,15 @@ class ServeProcess:
     errors: list[str] = field(default_factory=list)
     """Lines of stderr so far."""
 
-    def stub(self, model: str, server_pid: int | None = None) -> int:
+    @property
+    def server_pid(self) -> int:
+        """Process id of the Triton that serves now."""
+        again = [line for line in self.errors if "ready again" in line]
+        return int(again[-1].split()[-1]) if again else int(self.document["pid"])
+
+    def stub(self, model: str) -> int:
         """Process id of a model's only instance."""
-        stubs = live_stubs(server_pid or self.document["pid"])
+        stubs = live_stubs(self.server_pid)
         (pid,) = (pid for pid, instance in stubs.items() if instance.startswith(f"{model}_0"))
         return pid
 

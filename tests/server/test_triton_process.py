@@ -565,19 +565,6 @@ def test_signal_during_the_wait_for_a_restart_ends_it(serving: Callable[..., Ser
     assert served.end(timeout_s=10)[0] == 130
 
 
-def test_model_process_that_hangs_is_noticed_and_replaced(serving: Callable[..., Serving]) -> None:
-    """Not dead, and Triton's health stays green: only the tokens tell."""
-    served = serving(restarts=1, stall_timeout_s=4)
-    document = served.wait_until_ready()
-    (stub_pid,) = live_stubs(document["pid"])
-    os.kill(stub_pid, signal.SIGSTOP)
-    assert "one-token request failed" in served.wait_for_words("no token came for")
-    served.wait_for_words("ready again")
-    assert list(_stream(document["http"], 2)) == [0, 1]
-    served.process.send_signal(signal.SIGTERM)
-    assert served.end()[0] == 0
-
-
 def test_server_that_does_not_answer_is_not_called_ready(serving: Callable[..., Serving]) -> None:
     model = SLOW_MODEL.replace(
         "def execute(self, requests):", "def execute(self, requests):\n        raise ValueError"
