@@ -51,10 +51,12 @@ def test_a_server_computes_what_its_checkpoint_says(
 def test_source_and_server_in_one_go(
     tiny_bundle: Bundle, running_server: TritonServer, tiny_minitron: Path, capsys: Capture
 ) -> None:
-    flags = ("--against", str(tiny_minitron), "--skip", "long-prompt", *FEW, "--eval-seq-len", "128")
+    skips = ("--skip", "long-prompt", "--skip", "repeat-prompt")
+    flags = ("--against", str(tiny_minitron), *skips, *FEW, "--eval-seq-len", "128")
     status, result, message = verify(capsys, str(tiny_bundle.path), "--url", running_server.grpc_url, *flags)
     assert status == 0, message
     assert {"perplexity_rise", "golden_gap", "served_agreement"} <= set(result["checks"])
+    assert not {"long_prompt_kl", "served_long_prompt", "served_repeat"} & set(result["checks"])
     assert result["served"]["answers"]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minitron_build.verify.golden_prompts import PROMPTS
-from minitron_build.verify.result import VerifyResult
+from minitron_build.verify.result import GOLDEN, LONG, REPEAT, VerifyResult
 from minitron_build.verify.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -92,15 +92,24 @@ def verify_served(request: ServedRequest, progress: Progress) -> VerifyResult:
             served.append((prompt, _generate(client, prompt)))
         progress("served prompts", len(prompts), len(prompts))
         long = _served_long_prompt(client, request, skipped)
-        repeated = [_generate(client, request.eval_set.sequences[0]) for _ in range(REPEATS)]
+        num_repeats = 0 if REPEAT in skipped else REPEATS
+        repeated = [_generate(client, request.eval_set.sequences[0]) for _ in range(num_repeats)]
     answers = _weigh(request.reference, [*served, *long], progress)
-    numbers = _numbers(answers[: len(prompts)]) | {"served_repeat": _repeat_difference(repeated)}
+    numbers = _numbers(answers[: len(prompts)])
+    if repeated:
+        numbers["served_repeat"] = _repeat_difference(repeated)
     if long:
         numbers["served_long_prompt"] = _mean(answers[-1].log_prob_differences)
     thresholds = Thresholds(request.kind, request.thresholds)
     checks = tuple(thresholds.check(name, value) for name, value in numbers.items())
     facts = {"answers": [_facts(one) for one in answers], "seconds": round(time.monotonic() - started_s, 2)}
     return VerifyResult(f"server {request.url}", request.reference_name, checks, facts, skipped)
+
+
+def _golden_prompts(request: ServedRequest) -> list[Ids]:
+    if GOLDEN in request.skipped:
+        return []
+    return [tuple(request.tokenizer.encode(text, add_special_tokens=True)) for text in PROMPTS]
 
 
 def _windows(eval_set: EvalSet) -> list[Ids]:
@@ -117,15 +126,17 @@ def _served_long_prompt(
     """The long prompt and its answer; none where it is left out or the server refuses its length."""
     from minitron_client import InvalidRequestError
 
-    if "long-prompt" in skipped:
+    if LONG in skipped:
         return []
     prompt = request.eval_set.long_prompt(min(LONG_PROMPT_TOKENS, request.max_input_len))
     if len(prompt) < LONG_PROMPT_TOKENS:
-        skipped["long-prompt of 8192 tokens"] = f"the server takes {len(prompt)}, which were tried instead"
+        skipped[f"{LONG} of {LONG_PROMPT_TOKENS} tokens"] = (
+            f"the server takes {len(prompt)}, which were tried instead"
+        )
     try:
         return [(prompt, _generate(client, prompt))]
     except InvalidRequestError as error:
-        skipped["long-prompt"] = str(error)
+        skipped[LONG] = str(error)
         return []
 
 

@@ -47,9 +47,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     add("--eval-seq-len", type=int, default=DEFAULT_SEQ_LEN, metavar="N", help="their tokens (%(default)s)")
     add("--skip", action="append", default=[], choices=PARTS, help="leave a part out; may be repeated")
     add("--skip-source", action="store_true", help="only the checks that need no source")
-    add(
-        "--compute-dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic (%(default)s)"
-    )
+    add("--compute-dtype", choices=COMPUTE_DTYPES, default="float32", help="arithmetic (%(default)s)")
     add("--suggest", action="store_true", help="modules whose exclusion from FP8 helps most per byte")
     add("--json", type=Path, metavar="FILE", help="the JSON of the last line, in a file")
     add("--html", type=Path, metavar="FILE", help="a report with plots, one self-contained file")
@@ -62,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         GateError: a threshold is missed; everything was printed.
     """
+    _check_together(args)
     for path in filter(None, (args.json, args.html)):
         _check_writable(path)
     if args.gpu:
@@ -191,6 +190,15 @@ def _arithmetic(args: argparse.Namespace) -> Arithmetic:
 
 def _skipped(args: argparse.Namespace) -> dict[str, str]:
     return dict.fromkeys(args.skip, SKIP_REASON)
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuse flags of which one would be ignored."""
+    for flag in ("against", "suggest", "url"):
+        if args.skip_source and getattr(args, flag):
+            raise RefusedError(f"--skip-source with --{flag}", todo="leave one of the two out")
+    if args.url is not None and args.suggest and args.against is None:
+        raise RefusedError("--suggest with --url", todo="give the source too: --against DIR|HF_ID|demo")
 
 
 def _check_writable(path: Path) -> None:
