@@ -242,7 +242,7 @@ def _write_layer(
 def read_layers(
     source: HfCheckpoint, first: int, stack: ExitStack
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(layer, its tensors by name within it, bf16), the next one being read meanwhile."""
+    """(layer, its tensors by name within it, bf16) from `first` on, the next one being read meanwhile."""
     descriptors = {shard.path: os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) for shard in source.shards}
     for descriptor in descriptors.values():
         stack.callback(os.close, descriptor)
@@ -253,11 +253,11 @@ def read_layers(
         if layer is not None:
             by_layer.setdefault(layer, {})[rest] = (descriptors[shard.path], info)
     num_layers = source.config.num_hidden_layers
-    ahead = reader.submit(_read_layer, by_layer[first]) if first < num_layers else None
+    ahead = reader.submit(_read_layer, by_layer[first])
     for layer in range(first, num_layers):
-        assert ahead is not None
         weights = ahead.result()
-        ahead = reader.submit(_read_layer, by_layer[layer + 1]) if layer + 1 < num_layers else None
+        if layer + 1 < num_layers:
+            ahead = reader.submit(_read_layer, by_layer[layer + 1])
         yield layer, weights
 
 
