@@ -124,7 +124,9 @@ async def serve(
     on_drain: Callable[[], None],
     on_drain_over: Callable[[], None],
 ) -> signal.Signals:
-    """Serve until SIGTERM or SIGINT; a second one ends open answers at once.
+    """Serve until SIGTERM or SIGINT; a second one ends open answers at once, further ones are ignored.
+
+    The process is expected to end after this: both signals stay ignored.
 
     Args:
         app: what to serve.
@@ -155,4 +157,7 @@ async def serve(
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # nothing is left to stop: one more must not change the status
     return received[0]
