@@ -25,6 +25,7 @@ import minitron_build
 import minitron_client
 from minitron_build.errors import MachineError, StageError
 from minitron_build.serving import triton_server
+from minitron_build.serving.triton_security import ServerSecurity
 from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 from minitron_build.serving.triton_stubs import live_group, live_servers, live_stubs, read_state
 
@@ -332,10 +333,26 @@ def test_child_of_a_model_is_not_taken_for_a_stub(
         assert len(live_stubs(server.pid)) == 1
 
 
-def test_stub_that_dies_later_is_reported(write_repo: WriteRepo) -> None:
+def _control_model(server: TritonServer, key: str, verb: str) -> None:
+    url = f"{server.http_url}/v2/repository/models/slow/{verb}"
+    request = urllib.request.Request(url, b"{}", {"minitron-admin-key": key})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert answer.status == 200
+
+
+@pytest.mark.parametrize("is_loaded_again", [False, True])
+def test_stub_that_dies_later_is_reported(write_repo: WriteRepo, is_loaded_again: bool) -> None:
     seen: list[str] = []
-    with _running(write_repo(), seen.append) as server:
+    key = "a-key-of-enough-chars"
+    with _running(write_repo(), seen.append, security=ServerSecurity(admin_key=key)) as server:
         (stub_pid,) = live_stubs(server.pid)
+        if is_loaded_again:
+            _control_model(server, key, "unload")
+            _wait_for(lambda: read_state(stub_pid).is_dead)
+            _control_model(server, key, "load")
+            (stub_pid,) = live_stubs(server.pid)
+            time.sleep(triton_server.NOTE_INTERVAL_S + 0.5)
+            assert server.stub_died is None, "unloaded is not died"
         os.kill(stub_pid, signal.SIGKILL)
         _wait_for(lambda: server.stub_died)
         assert server.is_running, "Triton itself does not notice"

@@ -398,7 +398,7 @@ class TritonServer:
             if time.monotonic() > noted_s + NOTE_INTERVAL_S:
                 self._note_stubs()  # of models that were loaded since
                 noted_s = time.monotonic()
-            dead = describe_death(self._stubs)
+            dead = describe_death(self._stubs, may_unload=True)
             if dead and not self._is_stopping and self.is_running:
                 self.stub_died = dead
                 self._log.add(f"E {dead}", show=True)

@@ -93,15 +93,17 @@ def has_dead_children(server_pid: int) -> bool:
     return any(state.parent_pid == server_pid and state.letter == "Z" for state in states)
 
 
-def describe_death(stubs: Mapping[int, str]) -> str | None:
+def describe_death(stubs: Mapping[int, str], *, may_unload: bool = False) -> str | None:
     """The first of these stubs that has died, in words; None while all live.
 
-    One that has gone without a trace was unloaded: its server has waited for its end, which it does for none
-    that dies.
+    Args:
+        may_unload: one that ended with exit code 0, or was reaped, is taken for a model that was unloaded.
     """
     for pid, instance in stubs.items():
         state = read_state(pid)
-        if state.is_dead and state.letter:
+        if may_unload and (not state.letter or state.wait_status == 0):
+            continue
+        if state.is_dead:
             return f"the Python process of model instance {instance} died ({status_words(state.wait_status)})"
     return None
 
