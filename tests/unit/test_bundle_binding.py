@@ -78,7 +78,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GpuMachine:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ServerOptions]:
     """What Triton would have been started with."""
     seen: list[ServerOptions] = []
-    monkeypatch.setattr(serve, "serve", lambda options, probe: seen.append(options) or 0)
+    monkeypatch.setattr(serve, "serve", lambda options, probe, announce, care: seen.append(options) or 0)
     return seen
 
 
