@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import re
+import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator
@@ -16,9 +17,12 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from triton_calls import Channel, message
+from triton_repos import serving
 
+from minitron_build.bundle.bundle import Bundle
 from minitron_build.runtime.metrics import ENGINE_METRICS, FLUSH_INTERVAL_S, HISTOGRAM, REQUEST_METRICS
 from minitron_build.serving.triton_server import TritonServer
+from minitron_build.serving.triton_stubs import live_stubs, read_state
 from minitron_client import health_command
 
 TEXT, TOKENS = "tensorrt_llm_bls", "tensorrt_llm"
@@ -52,6 +56,22 @@ async def test_every_metric_is_there(running_server: TritonServer) -> None:
     for info in (*REQUEST_METRICS, *ENGINE_METRICS):
         parts = ("_bucket", "_sum", "_count") if info.kind == HISTOGRAM else ("",)
         assert {f"{info.name}{part}" for part in parts} <= names
+
+
+def test_models_end_well_when_the_server_stops(tiny_bundle: Bundle) -> None:
+    """A series that is freed only as the interpreter ends takes its process down with SIGSEGV."""
+    ends: dict[str, int] = {}
+    with serving(tiny_bundle.model_repo) as server:
+        stubs = live_stubs(server.pid)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        while stopping.is_alive():  # Triton reaps a process some time after its end
+            states = {instance: read_state(pid) for pid, instance in stubs.items()}
+            ends |= {one: state.wait_status for one, state in states.items() if state.letter == "Z"}
+            time.sleep(0.001)
+    assert server.exit_code == 0
+    assert ends.keys() & {f"{TEXT}_0_0", f"{TOKENS}_0_0", "ensemble_0_0"}, "none with metrics was seen to end"
+    assert set(ends.values()) == {0}, ends
 
 
 async def test_completed_requests(running_server: TritonServer, channel: Channel) -> None:

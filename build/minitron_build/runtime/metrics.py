@@ -139,13 +139,18 @@ class _Counter:
     __slots__ = ("_handed", "_series", "value")
 
     def __init__(self, series: Series) -> None:
-        self._series, self.value, self._handed = series, 0.0, 0.0
+        self.value, self._handed = 0.0, 0.0
+        self._series: Series | None = series
 
     def flush(self) -> None:
         change = self.value - self._handed
-        if change:
+        if change and self._series is not None:
             self._handed += change
             self._series.increment(change)
+
+    def release(self) -> None:
+        """Let the series go; the number stays."""
+        self._series = None
 
 
 class _Gauge:
@@ -154,13 +159,18 @@ class _Gauge:
     __slots__ = ("_handed", "_series", "value")
 
     def __init__(self, series: Series) -> None:
-        self._series, self.value, self._handed = series, 0.0, 0.0
+        self.value, self._handed = 0.0, 0.0
+        self._series: Series | None = series
 
     def flush(self) -> None:
         value = self.value
-        if value != self._handed:
+        if value != self._handed and self._series is not None:
             self._handed = value
             self._series.set(value)
+
+    def release(self) -> None:
+        """Let the series go; the number stays."""
+        self._series = None
 
 
 class _Histogram:
@@ -184,6 +194,11 @@ class _Histogram:
             bucket.flush()
         self._sum.flush()
         self._count.flush()
+
+    def release(self) -> None:
+        """Let every series go; the numbers stay."""
+        for counter in (*self._buckets, self._sum, self._count):
+            counter.release()
 
 
 class MetricBook:
@@ -278,20 +293,27 @@ class MetricBook:
         self._thread.start()
 
     def close(self) -> None:
-        """Hand over what is left and end the thread."""
+        """Hand over what is left, end the thread, and let the series go; later counts reach nobody.
+
+        A series or family that the server's library frees only as the interpreter ends takes the model's
+        process down with SIGSEGV, so none is left for then. Series go before the families they belong to.
+        """
         self._closing.set()
         if self._thread:
             self._thread.join()
+        for metric in self._metrics():
+            metric.release()
+        self._makers.clear()
 
     def flush(self) -> None:
         """Hand over what has changed; called from one thread at a time."""
         if self._collect:
             self._collect(self)
-        with self._lock:
-            metrics: list[_Counter | _Gauge | _Histogram] = [*self._counters.values()]
-            metrics += [*self._gauges.values(), *self._histograms.values()]
-        for metric in metrics:  # outside the lock: each hand-over is a round trip to the server
+        for metric in self._metrics():  # outside the lock: each hand-over is a round trip to the server
             metric.flush()
+
+    def _metrics(self) -> list[_Counter | _Gauge | _Histogram]:
+        return [*self._counters.values(), *self._gauges.values(), *self._histograms.values()]
 
     def _flush_work(self) -> None:
         try:
