@@ -6,6 +6,7 @@ Run with: pytest tests/unit/test_triton_server.py
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from minitron_build.serving import triton_preflight as preflight
 from minitron_build.serving import triton_server
 from minitron_build.serving.triton_log import LogFilter, exit_words, failure_reason, status_words
 from minitron_build.serving.triton_server import ServerOptions, free_ports
-from minitron_build.serving.triton_stubs import live_servers
+from minitron_build.serving.triton_stubs import describe_death, live_servers, read_state
 
 pytestmark = pytest.mark.unit
 
@@ -303,6 +305,117 @@ class TestSpawn:
         assert not residue.layout_dir.exists()
         assert not Path(residue.lock.name).exists()
 
+    def test_log_file_that_is_full_does_not_end_the_server(self, tmp_path: Path) -> None:
+        """The thread that reads the log is the one whose end kills the server."""
+        shown: list[str] = []
+        options = ServerOptions(Path("repo"), log_path=Path("/dev/full"), verbose=True)
+        relay = triton_server._LogRelay(options, shown.append)
+        relay.spawn(["/bin/sh", "-c", "echo first; echo last"], {}, tmp_path)
+        relay.join()
+        trouble = "E --log-path /dev/full: No space left on device; no more lines are written to it"
+        assert shown == [trouble, "first", "last"]
+
+
+class TestSweep:
+    """Of /dev/shm, where any user may put anything."""
+
+    @pytest.fixture
+    def shm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        folder = tmp_path / "shm"
+        folder.mkdir()
+        monkeypatch.setattr(preflight, "SHM_DIR", folder)
+        return folder
+
+    @staticmethod
+    def write(shm: Path, layout_dir: Path, name: str = "4711_abcdefgh") -> tuple[Path, Path]:
+        """What a killed owner leaves: its lock and a region."""
+        layout_dir.mkdir()
+        lock, region = shm / f"minitron_triton_{name}_lock", shm / f"minitron_triton_{name}_region"
+        lock.write_text(json.dumps(str(layout_dir)))
+        region.touch()
+        return lock, region
+
+    def test_files_of_a_killed_owner_are_removed(self, shm: Path, tmp_path: Path) -> None:
+        layout_dir = tmp_path / "minitron-triton-4711-abcdefgh"
+        left = (*self.write(shm, layout_dir), layout_dir)
+        triton_server._Residue.sweep()
+        assert [path.exists() for path in left] == [False, False, False]
+
+    def test_folder_that_is_not_a_servers_is_never_removed(self, shm: Path, tmp_path: Path) -> None:
+        self.write(shm, tmp_path / "precious")
+        triton_server._Residue.sweep()
+        assert (tmp_path / "precious").is_dir()
+
+    @pytest.mark.parametrize("content", ["", "[1]", "not JSON"])
+    def test_lock_of_an_owner_that_is_just_starting_is_let_be(self, shm: Path, content: str) -> None:
+        """It is made first, then locked, then written."""
+        lock = shm / "minitron_triton_4711_abcdefgh_lock"
+        lock.write_text(content)
+        triton_server._Residue.sweep()
+        assert lock.exists() == (content == "")
+
+    def test_files_of_another_user_are_let_be(
+        self, shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        layout_dir = tmp_path / "minitron-triton-4711-abcdefgh"
+        left = (*self.write(shm, layout_dir), layout_dir)
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        triton_server._Residue.sweep()
+        assert [path.exists() for path in left] == [True, True, True]
+
+    def test_name_with_a_wildcard_removes_nothing(self, shm: Path, tmp_path: Path) -> None:
+        self.write(shm, tmp_path / "precious", name="*")
+        region = shm / "minitron_triton_1_abcdefgh_region"
+        region.touch()
+        triton_server._Residue.sweep()
+        assert region.exists()
+
+    def test_link_is_not_followed_and_a_pipe_is_not_waited_for(self, shm: Path, tmp_path: Path) -> None:
+        layout_dir = tmp_path / "minitron-triton-4711-abcdefgh"
+        lock, region = self.write(shm, layout_dir)
+        lock.rename(tmp_path / "elsewhere")
+        lock.symlink_to(tmp_path / "elsewhere")
+        os.mkfifo(shm / "minitron_triton_4712_abcdefgh_lock")
+        triton_server._Residue.sweep()
+        assert region.exists()
+        assert layout_dir.is_dir()
+
+
+class TestNumbersThatAreUsedAgain:
+    """The kernel gives the number of a reaped process to the next one that comes round."""
+
+    def test_session_of_a_stranger_is_not_killed(self) -> None:
+        with subprocess.Popen(["/bin/sleep", "30"], start_new_session=True, text=True) as stranger:
+            reaped = subprocess.Popen(["/bin/true"], text=True)
+            reaped.wait()
+            reaped.pid = stranger.pid
+            try:
+                assert not triton_server._kill_session(reaped)
+                assert stranger.poll() is None
+            finally:
+                stranger.kill()
+
+    def test_processes_that_a_reaped_leader_left_are_killed(self) -> None:
+        command = ["/bin/sh", "-c", "sleep 30 & echo $!"]
+        with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True) as leader:
+            assert leader.stdout is not None
+            left_pid = int(leader.stdout.readline())
+            leader.wait()
+            assert not read_state(left_pid).is_dead
+            triton_server._kill_session(leader)
+            deadline_s = time.monotonic() + 10
+            while not read_state(left_pid).is_dead:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+
+    def test_death_of_a_stranger_is_no_death_of_a_model(self) -> None:
+        with subprocess.Popen(["/bin/sh", "-c", "exit 3"]) as dead:
+            os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+            stubs = {dead.pid: "slow_0_0"}
+            assert describe_death(stubs, os.getpid() + 1, may_unload=True) is None
+            words = "the Python process of model instance slow_0_0 died (exit code 3)"
+            assert describe_death(stubs, os.getpid(), may_unload=True) == words
+
 
 class TestBackendFolders:
     """The Python backend makes /tmp/python_env_XXXXXX, and a killed server leaves it."""
@@ -318,15 +431,23 @@ class TestBackendFolders:
         self, tmp_path: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(triton_server, "live_servers", lambda: iter(()))
-        triton_server.remove_backend_folders(tmp_path)
+        triton_server.remove_backend_folders(0, tmp_path)
         assert [folder.exists() for folder in folders] == [False, True]
+
+    def test_one_that_is_older_than_the_killed_server_is_let_be(
+        self, tmp_path: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its server may live in a container, where no look at /proc finds it."""
+        monkeypatch.setattr(triton_server, "live_servers", lambda: iter(()))
+        triton_server.remove_backend_folders(time.time() + 60, tmp_path)
+        assert [folder.exists() for folder in folders] == [True, True]
 
     def test_none_is_removed_while_any_server_lives(
         self, tmp_path: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its folder could be among them, and without it that server would abort when it exits."""
         monkeypatch.setattr(triton_server, "live_servers", lambda: iter((4711,)))
-        triton_server.remove_backend_folders(tmp_path)
+        triton_server.remove_backend_folders(0, tmp_path)
         assert [folder.exists() for folder in folders] == [True, True]
 
     def test_server_is_known_by_the_name_of_its_program(self, tmp_path: Path) -> None:

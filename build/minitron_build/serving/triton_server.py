@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ NOTE_INTERVAL_S = 1.0  # a look at every process of the machine
 EXIT_GRACE_S = 5.0  # beyond the drain: Triton looks only once a second whether it may go
 STUB_LOSS_GRACE_S = 10.0  # a server that lost a stub while loading either says why and exits, or hangs
 OWN_PREFIX = "minitron_triton_"
+LOCK_NAME = re.compile(rf"{OWN_PREFIX}(?P<pid>\d+)_(?P<random>\w+)_lock", re.ASCII)
 LOOPBACK = "127.0.0.1"
 LOAD_ALL_FLAGS = ("--model-control-mode=explicit", "--load-model=*")
 """Every model at the start; afterwards a model comes or goes only when the admin's key asks for it."""
@@ -165,6 +167,7 @@ class TritonServer:
         self._is_stopping = False
         self._is_stopped = False
         self.started_s = time.monotonic()
+        self._began_s = time.time()
         self._process: subprocess.Popen[str]
 
     @classmethod
@@ -250,7 +253,7 @@ class TritonServer:
             if waited_s > self.options.start_timeout_s:
                 self._fail(f"Triton was not ready after {self.options.start_timeout_s:g} s and was killed")
             self._note_stubs()
-            dead = describe_death(self._stubs) or self._all_stubs_died()
+            dead = self._describe_death() or self._all_stubs_died()
             if not dead:  # a child that Triton had not reaped yet was taken for a stub
                 stub_lost_s = None
             elif stub_lost_s is None:
@@ -294,7 +297,7 @@ class TritonServer:
         """SIGKILL servers and stubs at once; `stop` still has to clean up. Safe in a signal handler."""
         self._is_stopping = True
         if not self._is_stopped:
-            _kill_session(self.pid)
+            _kill_session(self._process)
 
     def __enter__(self) -> TritonServer:
         return self
@@ -312,16 +315,15 @@ class TritonServer:
             self.wait(drain_s + EXIT_GRACE_S)
 
     def _remove_all(self) -> None:
-        _kill_session(self.pid)  # also the stubs of a server that has ended
+        _kill_session(self._process)  # also the stubs of a server that has ended
         self._process.wait()
         deadline_s = time.monotonic() + EXIT_GRACE_S
-        while any(live_session(self.pid)) and time.monotonic() < deadline_s:
-            _kill_session(self.pid)  # a rank that was being started
+        while _kill_session(self._process) and time.monotonic() < deadline_s:  # a rank that was being started
             time.sleep(0.01)
         self._log.join()
         self._residue.remove()
         if self._process.returncode != 0:  # otherwise Triton has removed it
-            remove_backend_folders()
+            remove_backend_folders(self._began_s)
         self._is_stopped = True
 
     @property
@@ -337,6 +339,10 @@ class TritonServer:
         if leader is None or self._stubs or not has_dead_children(leader):
             return None
         return "every Python process died"
+
+    def _describe_death(self, *, may_unload: bool = False) -> str | None:
+        leader = self._leader_pid
+        return None if leader is None else describe_death(self._stubs, leader, may_unload=may_unload)
 
     def _note_stubs(self) -> None:
         leader = self._leader_pid
@@ -398,7 +404,7 @@ class TritonServer:
             if time.monotonic() > noted_s + NOTE_INTERVAL_S:
                 self._note_stubs()  # of models that were loaded since
                 noted_s = time.monotonic()
-            dead = describe_death(self._stubs, may_unload=True)
+            dead = self._describe_death(may_unload=True)
             if dead and not self._is_stopping and self.is_running:
                 self.stub_died = dead
                 self._log.add(f"E {dead}", show=True)
@@ -534,17 +540,16 @@ class _LogRelay:
     def kill(self) -> None:
         """End a process whose start was interrupted before anyone knew it."""
         if self._process:
-            _kill_session(self._process.pid)
+            _kill_session(self._process)
             self._process.wait()
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(self._log_path.open("a", encoding="utf-8")) if self._log_path else None
+            file = stack.enter_context(_LogFile(self._log_path, self.add)) if self._log_path else None
             for raw in stack.enter_context(_output_of(process)):
                 line = raw.rstrip("\n")
                 if file:
-                    file.write(line + "\n")
-                    file.flush()
+                    file.write(line)
                 self.add(line, show=self._verbose or self._filter.is_worth_showing(line))
         process.wait()
 
@@ -588,6 +593,53 @@ class _LogRelay:
             self._thread.join(timeout=EXIT_GRACE_S)
 
 
+class _LogFile:
+    """The file that every line goes to, until one does not fit: a full disk must not end the server.
+
+    It would: the thread that reads the server's output is the one whose end kills the server.
+
+    Args:
+        path: appended to.
+        add: told once, in words, why no more lines are written.
+    """
+
+    def __init__(self, path: Path, add: Callable[..., None]) -> None:
+        self._path, self._add = path, add
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> _LogFile:
+        with self._ending_at_fault():
+            self._file = self._path.open("ab", buffering=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def write(self, line: str) -> None:
+        """Append a line."""
+        with self._ending_at_fault():
+            if self._file:
+                self._file.write(f"{line}\n".encode())
+
+    @contextlib.contextmanager
+    def _ending_at_fault(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._close()
+            self._add(
+                f"E --log-path {self._path}: {error.strerror}; no more lines are written to it", show=True
+            )
+
+    def _close(self) -> None:
+        if self._file:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+
+
 def _output_of(process: subprocess.Popen[str]) -> IO[str]:
     if process.stdout is None:
         raise StageError("tritonserver runs without a pipe for its log")
@@ -609,13 +661,21 @@ def _popen(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.Pop
     )
 
 
-def _kill_session(leader_pid: int) -> None:
-    """The group at once, then what left it: mpirun's ranks have groups of their own."""
+def _kill_session(leader: subprocess.Popen[str]) -> bool:
+    """The group at once, then what left it: mpirun's ranks have groups of their own.
+
+    Returns:
+        Whether anything still lived.
+    """
+    if leader.poll() is not None and Path(f"/proc/{leader.pid}").exists():
+        return False  # reaped, and its number is another's by now: not given out while the session lives
     with contextlib.suppress(ProcessLookupError, PermissionError):  # the whole group has gone
-        os.killpg(leader_pid, signal.SIGKILL)
-    for pid in live_session(leader_pid):
+        os.killpg(leader.pid, signal.SIGKILL)
+    members = list(live_session(leader.pid))
+    for pid in members:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+    return bool(members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -656,7 +716,7 @@ class _Residue:
         layout_dir = Path(tempfile.mkdtemp(prefix=f"minitron-triton-{os.getpid()}-", dir=_plain_folder()))
         prefix = f"{OWN_PREFIX}{os.getpid()}_{layout_dir.name.rpartition('-')[2]}_"
         lock = cast(BinaryIO, (preflight.SHM_DIR / f"{prefix}lock").open("xb", buffering=0))
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until then it is empty, and a sweep leaves it alone
         lock.write(json.dumps(str(layout_dir)).encode())
         return cls(prefix, layout_dir, lock)
 
@@ -667,13 +727,45 @@ class _Residue:
 
     @staticmethod
     def sweep() -> None:
-        """Remove what servers of killed owners left."""
+        """Remove what servers of this user's killed owners left.
+
+        Anyone may write into /dev/shm, so a lock counts only as the file that `create` makes.
+        """
         for lock in preflight.SHM_DIR.glob(f"{OWN_PREFIX}*_lock"):
-            with contextlib.suppress(OSError), lock.open("rb") as file:
+            if (name := LOCK_NAME.fullmatch(lock.name)) is None:
+                continue
+            with contextlib.suppress(OSError), _open_own(lock) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its owner lives
-                with contextlib.suppress(ValueError):
-                    shutil.rmtree(json.loads(file.read()), ignore_errors=True)
+                content = file.read()
+                if not content:  # its owner is about to lock it
+                    continue
+                layout_dir = _layout_dir(content)
+                if layout_dir and layout_dir.name == f"minitron-triton-{name['pid']}-{name['random']}":
+                    shutil.rmtree(layout_dir, ignore_errors=True)
                 _unlink_all(lock.name.removesuffix("lock"))
+
+
+def _open_own(path: Path) -> BinaryIO:
+    """A plain file of this user's.
+
+    Raises:
+        OSError: it is none; a link is not followed, and a pipe is not waited for.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = cast(BinaryIO, os.fdopen(number, "rb"))
+    state = os.fstat(number)
+    if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
+        file.close()
+        raise PermissionError(f"{path} is not this user's file")
+    return file
+
+
+def _layout_dir(content: bytes) -> Path | None:
+    try:
+        path = json.loads(content)
+    except ValueError:
+        return None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _unlink_all(prefix: str) -> None:
@@ -681,15 +773,27 @@ def _unlink_all(prefix: str) -> None:
         region.unlink(missing_ok=True)
 
 
-def remove_backend_folders(tmp_dir: Path = Path("/tmp")) -> None:
-    """Remove the empty folders that the Python backends of killed servers left in /tmp.
+def remove_backend_folders(since_s: float, tmp_dir: Path = Path("/tmp")) -> None:
+    """Remove the empty folders that the Python backend of a killed server left in /tmp.
 
     Nothing tells whose a folder is, and a server whose folder has gone aborts when it exits. So they are
-    listed first, and removed only if no server lives after that: its folder could be among them.
+    listed first, and removed only if no server lives after that: its folder could be among them. One that is
+    older than the killed server is let be: its owner may be out of sight, in a container or by another name.
+
+    Args:
+        since_s: `time.time()` before the killed server was started.
     """
-    folders = list(tmp_dir.glob("python_env_??????"))  # place and name are fixed in the backend
+    listed = list(tmp_dir.glob("python_env_??????"))  # place and name are fixed in the backend
+    folders = [folder for folder in listed if _is_own_since(folder, since_s)]
     if any(live_servers()):
         return
     for folder in folders:
         with contextlib.suppress(OSError):  # not empty, gone meanwhile, or another user's
             folder.rmdir()
+
+
+def _is_own_since(folder: Path, since_s: float) -> bool:
+    with contextlib.suppress(OSError):
+        state = folder.lstat()
+        return state.st_uid == os.geteuid() and state.st_ctime >= since_s
+    return False

@@ -36,12 +36,15 @@ class ProcessState(NamedTuple):
         return self.letter in DEAD_STATES
 
 
+GONE = ProcessState("", 0, 0, 0, 0)
+
+
 def read_state(pid: int) -> ProcessState:
     """The state of a process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ProcessState("", 0, 0, 0, 0)
+        return GONE
     return ProcessState(fields[0], int(fields[1]), int(fields[2]), int(fields[3]), int(fields[-1]))
 
 
@@ -93,14 +96,17 @@ def has_dead_children(server_pid: int) -> bool:
     return any(state.parent_pid == server_pid and state.letter == "Z" for state in states)
 
 
-def describe_death(stubs: Mapping[int, str], *, may_unload: bool = False) -> str | None:
+def describe_death(stubs: Mapping[int, str], server_pid: int, *, may_unload: bool = False) -> str | None:
     """The first of these stubs that has died, in words; None while all live.
 
     Args:
+        server_pid: whose stubs they are. A process with another parent has only got a reaped stub's number.
         may_unload: one that ended with exit code 0, or was reaped, is taken for a model that was unloaded.
     """
     for pid, instance in stubs.items():
         state = read_state(pid)
+        if state.parent_pid != server_pid:
+            state = GONE
         if may_unload and (not state.letter or state.wait_status == 0):
             continue
         if state.is_dead:
