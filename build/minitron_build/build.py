@@ -33,6 +33,7 @@ STAGES = ("checkpoint", "engine", "bundle")
 SAME_PLAN = (
     *("source", "arch", "sm", "precision", "kv_cache_dtype", "compute_dtype", "tp_size", "pp_size"),
     *("plugins", "trtllm_build_argv", "versions", "container", "fp8"),
+    "engine_backend",
 )
 """What equal bundles agree in; limits for the CPU are left out, they follow the memory that is free."""
 

@@ -302,9 +302,41 @@ def test_cpu_bundle_without_the_python_backend_is_refused(tmp_path: Path) -> Non
         check_backend("cpu", _install(tmp_path, "tensorrtllm"))
 
 
-@pytest.mark.parametrize(("arch", "backend"), [("cpu", "python"), ("ada", "tensorrtllm")])
-def test_bundle_with_its_backend_is_accepted(tmp_path: Path, arch: str, backend: str) -> None:
-    check_backend(arch, _install(tmp_path, backend))
+def test_executor_bundle_without_the_python_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="no python backend, and the bundle's engine is for hopper"):
+        check_backend("hopper", _install(tmp_path, "tensorrtllm"), "executor")
+
+
+@pytest.mark.parametrize(
+    ("arch", "backend", "engine_backend"),
+    [("cpu", "python", "cpp"), ("ada", "tensorrtllm", "cpp"), ("ada", "python", "executor")],
+)
+def test_bundle_with_its_backend_is_accepted(
+    tmp_path: Path, arch: str, backend: str, engine_backend: str
+) -> None:
+    check_backend(arch, _install(tmp_path, backend), engine_backend)
+
+
+def test_executor_bundle_needs_tensorrt_llm_in_tritons_python(
+    machine: GpuMachine,
+    tmp_path: Path,
+    refusal: Serve,
+    started: list[ServerOptions],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine.add_gpus(H100)
+    machine.add_tool()
+    bundle = tmp_path / "executor"
+    build(bundle, "hopper", "--engine-backend", "executor")
+    capsys.readouterr()
+    (tmp_path / "triton" / "backends" / "tensorrtllm").rmdir()
+    sentence = "no Python package tensorrt_llm, and the bundle's engine runs in Triton's Python backend"
+    assert sentence in refusal(bundle)
+    python = machine.bin_dir / "python3"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    assert main(["serve", str(bundle)]) == 0, capsys.readouterr().err
+    assert started[-1].model_repo == bundle / MODEL_REPO_DIR
 
 
 class TestRoot:

@@ -26,6 +26,7 @@ from minitron_build.repository.engine_model import (
     SETTINGS,
     engine_model_config,
     engine_settings,
+    executor_model_config,
     set_logits_type,
     write_engine_model,
 )
@@ -252,3 +253,24 @@ def test_a_bool_that_is_none_is_its_default() -> None:
     assert [is_true(text, default=True) for text in ("yes", None, "0", "1")] == [True, True, False, True]
     assert [is_true(text, default=False) for text in ("yes", "TRUE")] == [False, True]
     assert [read_number(text) for text in (None, "x", "0.5")] == [None, None, 0.5]
+
+
+def test_the_executors_model_reads_what_the_engine_is(make_hopper_plan: Callable[..., BuildPlan]) -> None:
+    plan = make_hopper_plan("fp8", engine_backend="executor")
+    config = executor_model_config(make_engine("fp8"), plan)
+    written, settings = pbtxt.get_parameters(config), engine_settings(make_engine("fp8"), plan)
+    assert (written["engine"], written["engine_dir"]) == ("executor", "1")
+    assert "checkpoint_dir" not in written
+    for key in ("kv_cache_free_gpu_mem_fraction", "enable_kv_cache_reuse", "decoding_mode"):
+        assert written[key] == settings[key].value
+    assert written["max_seq_len"] == str(make_engine("fp8").max_seq_len)
+    assert {one.dtype for one in pbtxt.tensors(config, "output") if "logits" in one.name} == {"TYPE_FP16"}
+
+
+def test_the_executors_model_has_one_rank_and_one_beam(make_hopper_plan: Callable[..., BuildPlan]) -> None:
+    plan = make_hopper_plan(engine_backend="executor")
+    with pytest.raises(PlanError, match="max_beam_width is 4; expected 1; use --engine-backend cpp"):
+        executor_model_config(make_engine(max_beam_width=4), plan)
+    two = make_hopper_plan(tp_size=2)
+    with pytest.raises(PlanError, match="world size is 2; expected 1; use --engine-backend cpp"):
+        executor_model_config(replace(make_engine(), tp_size=2), two)

@@ -234,3 +234,30 @@ def test_available_memory_is_what_this_process_may_take() -> None:
 def test_too_little_memory_to_serve_is_pointed_out(real: ModelConfig) -> None:
     assert "the others wait" in plan_for(real, max_batch_size=1000).warnings[-1]
     assert "9.0 GB when served, and 8.6 GB are available here" in plan_for(real, available_gib=8).warnings[-1]
+
+
+def test_what_serves_an_engine_is_a_decision(real: ModelConfig) -> None:
+    for name, word in (("cpp", "C++ tensorrtllm backend"), ("executor", "owns TensorRT-LLM's executor")):
+        plan = plan_for(real, arch="hopper", engine_backend=name)
+        (decision,) = (one for one in plan.decisions if one.what == "engine_backend")
+        assert (plan.engine_backend, plan.as_dict()["engine_backend"], decision.value) == (name, name, name)
+        assert word in decision.reason
+    assert plan_for(real, arch="hopper").engine_backend == "cpp"
+    assert plan_for(real).engine_backend is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"arch": "cpu"}, "--engine-backend executor with --arch cpu; a CPU has no engine: leave it out"),
+        (
+            {"arch": "hopper", "tp_size": 2},
+            "--engine-backend executor with 2 ranks; expected one rank; use --engine-backend cpp",
+        ),
+    ],
+)
+def test_an_executor_needs_a_gpu_and_one_rank(
+    real: ModelConfig, request_: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_for(real, engine_backend="executor", **request_)

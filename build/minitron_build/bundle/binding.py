@@ -34,7 +34,9 @@ from minitron_build.repository.model_repo import ENGINE_MODEL
 from minitron_build.serving.triton_preflight import TritonInstall
 
 CPU_ARCH = "cpu"
-BACKEND_OF_CPU, BACKEND_OF_GPU = "python", "tensorrtllm"
+BACKEND_OF_CPU = "python"
+BACKEND_OF_ENGINE = {"cpp": "tensorrtllm", "executor": "python"}
+"""What a GPU bundle's tensorrt_llm runs on, by the plan's engine_backend."""
 PACKAGE_NAMES = {"tensorrt_llm": "TensorRT-LLM", "tensorrt": "TensorRT"}
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -130,9 +132,10 @@ def read_serving_machine(install: TritonInstall) -> ServingMachine:
     Args:
         install: the tritonserver that would run.
     """
-    # Without the backend nothing else of TensorRT-LLM here could serve.
-    source, versions = _serving_versions() if install.has_backend(BACKEND_OF_GPU) else ("", {})
     gpus = visible_gpus(read_gpus(), os.environ.get(VISIBLE_VARIABLE))
+    # Without a backend that runs engines nothing else of TensorRT-LLM here could serve.
+    serves_engines = any(install.has_backend(name) for name in BACKEND_OF_ENGINE.values())
+    source, versions = _serving_versions() if gpus and serves_engines else ("", {})
     return ServingMachine(gpus, install, versions, source)
 
 
@@ -149,21 +152,27 @@ def check_fit(bundle: Bundle, machine: ServingMachine) -> BundleEngine | None:
     engine = BundleEngine.read(bundle)
     if engine is not None:
         _check_gpus(engine, machine)
-    check_backend(bundle.manifest.arch, machine.install)
+    engine_backend = str(bundle.manifest.plan.get("engine_backend") or "cpp")
+    check_backend(bundle.manifest.arch, machine.install, engine_backend)
     if engine is not None:
         for state in machine.gpus[: engine.config.world_size]:
             check_driver(state.driver, where=state.gpu.name)
         _check_versions(engine, machine)
+        if engine_backend == "executor":
+            _check_bindings()
     return engine
 
 
-def check_backend(arch: str, install: TritonInstall) -> None:
+def check_backend(arch: str, install: TritonInstall, engine_backend: str = "cpp") -> None:
     """Refuse a bundle whose engine this tritonserver has no backend for.
+
+    Args:
+        engine_backend: the plan's, of a GPU bundle.
 
     Raises:
         MachineError: the backend is missing.
     """
-    backend = BACKEND_OF_CPU if arch == CPU_ARCH else BACKEND_OF_GPU
+    backend = BACKEND_OF_CPU if arch == CPU_ARCH else BACKEND_OF_ENGINE[engine_backend]
     if not install.has_backend(backend):
         raise MachineError(
             f"no {backend} backend, and the bundle's engine is for {arch}",
@@ -171,6 +180,30 @@ def check_backend(arch: str, install: TritonInstall) -> None:
             where=str(install.binary),
             todo="run minitron serve inside NVIDIA's Triton container for TensorRT-LLM",
         )
+
+
+def _check_bindings() -> None:
+    """Refuse an executor bundle where no Python that Triton may run has tensorrt_llm.
+
+    It is looked for, not imported: that takes seconds and starts CUDA. Triton's Python is isolated (-I).
+    """
+    pythons = tuple(dict.fromkeys(filter(None, (shutil.which("python3"), sys.executable))))
+    if not any(_has_tensorrt_llm(python) for python in pythons):
+        raise MachineError(
+            "no Python package tensorrt_llm, and the bundle's engine runs in Triton's Python backend",
+            expected=f"TensorRT-LLM {PIN.tensorrt_llm}",
+            where=" and ".join(pythons),
+            todo="run minitron serve inside NVIDIA's Triton container for TensorRT-LLM",
+        )
+
+
+def _has_tensorrt_llm(python: str) -> bool:
+    probe = "import sys; from importlib.util import find_spec; sys.exit(find_spec('tensorrt_llm') is None)"
+    try:
+        answer = subprocess.run([python, "-I", "-c", probe], check=False, timeout=_PROBE_TIMEOUT_S, cwd="/")
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.returncode == 0
 
 
 def _check_gpus(engine: BundleEngine, machine: ServingMachine) -> None:

@@ -16,7 +16,7 @@ from minitron_build.errors import CheckpointError
 from minitron_build.lint.triton_repository import UNKNOWN_TYPE, Part, TritonModel, TritonRepository
 from minitron_build.repository import pbtxt
 from minitron_build.repository.backend_parameters import PARAMETERS, READ_BESIDES, is_true, read_number
-from minitron_build.repository.engine_model import LOGITS_TENSORS, LOGITS_TYPES
+from minitron_build.repository.engine_model import EXECUTOR_KEYS, LOGITS_TENSORS, LOGITS_TYPES, REFERENCE_ONLY
 from minitron_build.repository.model_repo import MODELS, RUNTIME_NAME, template_dir
 
 Severity = Literal["error", "warning"]
@@ -225,6 +225,9 @@ def _known_names(model: TritonModel) -> tuple[str, ...] | None:
     """The parameters a model reads; None for a model nobody here knows."""
     if model.is_ours and model.is_python and model.name in MODELS:
         committed = pbtxt.get_parameters(pbtxt.read_config(template_dir() / model.name))
+        if model.parameters.get("engine") == "executor":
+            shared = (key for key in committed if key not in REFERENCE_ONLY)
+            return (*shared, "engine_dir", *EXECUTOR_KEYS, *_READ_BY_TRITON)
         return (*committed, *_READ_BY_TRITON)
     if model.part not in _UPSTREAM_NAMES:
         return None

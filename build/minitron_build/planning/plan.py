@@ -47,7 +47,7 @@ from minitron_build.planning.memory_model import (
     stage_needs,
 )
 from minitron_build.planning.plugins import Plugin, PluginTarget, decide_plugins
-from minitron_build.planning.request import Decision, PlanRequest
+from minitron_build.planning.request import ENGINE_BACKENDS, Decision, PlanRequest
 from minitron_build.planning.targets import Gpu, Target, resolve_target
 from minitron_build.planning.trtllm_flags import PROGRAM, check_argv, with_paths
 from minitron_build.planning.versions import PIN, serving_container
@@ -98,6 +98,7 @@ class BuildPlan:
         container: the image that builds and serves the engine; None for the CPU.
         kv_cache_fraction: of the GPU memory free beside the engine, what the KV cache may take.
         fp8: the calibration and what it leaves out; None for bf16.
+        engine_backend: what serves the engine, a name of ENGINE_BACKENDS; None for the CPU.
     """
 
     source: str
@@ -117,6 +118,7 @@ class BuildPlan:
     container: str | None = None
     kv_cache_fraction: float = 0.9
     fp8: Fp8Plan | None = None
+    engine_backend: str | None = None
 
     def engine_argv(self, checkpoint_dir: Path | str, engine_dir: Path | str) -> tuple[str, ...]:
         """`trtllm_build_argv` for other folders."""
@@ -139,6 +141,7 @@ class BuildPlan:
             "versions": dict(self.versions),
             "container": self.container,
             "kv_cache_fraction": self.kv_cache_fraction,
+            "engine_backend": self.engine_backend,
             "fp8": None if self.fp8 is None else self.fp8.as_dict(),
             "memory": asdict(self.memory),
             "decisions": [asdict(decision) for decision in self.decisions],
@@ -289,6 +292,7 @@ def _gpu_plan(
             *(*decisions, Decision("gpu", gpu.name, gpu_reason), *limit_decisions),
             *(Decision(plugin.name, plugin.value, plugin.reason) for plugin in plugins),
             container,
+            _decide_engine_backend(request),
         ),
         warnings=(*model.config.warnings, *limit_warnings(limits), *_batch_warnings(fit, limits, gpu)),
         plugins=values,
@@ -296,7 +300,20 @@ def _gpu_plan(
         versions={"toolkit": __version__, **PIN.as_dict()},
         container=container.value,
         kv_cache_fraction=request.kv_cache_fraction,
+        engine_backend=request.engine_backend,
     )
+
+
+def _decide_engine_backend(request: PlanRequest) -> Decision:
+    """What serves the engine; the executor's model is one process and has one rank."""
+    name, ranks = request.engine_backend, request.tp_size * request.pp_size
+    if name == "executor" and ranks > 1:
+        raise PlanError(
+            f"--engine-backend executor with {ranks} ranks",
+            expected="one rank",
+            todo="use --engine-backend cpp",
+        )
+    return Decision("engine_backend", name, ENGINE_BACKENDS[name])
 
 
 def _planned_gpu(request: PlanRequest, sm: int, gpus: tuple[Gpu, ...]) -> tuple[GpuModel, str]:
@@ -435,6 +452,11 @@ def _check_cpu_request(request: PlanRequest) -> None:
     if request.plugins:
         raise PlanError(
             f"--plugin {request.plugins[0][0]} with --arch cpu", todo="the reference engine has no plugins"
+        )
+    if request.engine_backend != "cpp":
+        raise PlanError(
+            f"--engine-backend {request.engine_backend} with --arch cpu",
+            todo="a CPU has no engine: leave it out",
         )
     if request.gpu_memory_gb is not None:
         raise PlanError("--gpu-memory-gb with --arch cpu", todo="say which GPU with --arch, --sm or --gpu")

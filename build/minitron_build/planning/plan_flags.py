@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from minitron_build.calibration.samples import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
-from minitron_build.planning.request import PlanRequest
+from minitron_build.planning.request import ENGINE_BACKENDS, PlanRequest
 from minitron_build.planning.targets import ARCH_CHOICES, GENERATIONS
 from minitron_build.source.hub import DEFAULT_CHECKPOINT
 
@@ -14,7 +14,7 @@ SIZE_FLAGS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"
 REQUEST_FIELDS = (
     *("arch", "sm", "precision", "kv_cache_dtype", "tp_size", "pp_size"),
     *SIZE_FLAGS,
-    *("gpu", "gpu_memory_gb", "kv_cache_fraction"),
+    *("gpu", "gpu_memory_gb", "kv_cache_fraction", "engine_backend"),
     *("calib_data", "calib_samples", "calib_seq_len"),
 )
 
@@ -48,6 +48,13 @@ def add_plan_flags(parser: argparse.ArgumentParser, *, auto_arch: str) -> None:
         default=0.9,
         metavar="F",
         help="of the GPU memory free beside the engine, what the KV cache takes (default: %(default)s)",
+    )
+    add(
+        "--engine-backend",
+        choices=tuple(ENGINE_BACKENDS),
+        default="cpp",
+        help="what serves an engine: Triton's C++ backend, or TensorRT-LLM's executor in a Python model "
+        "(faster text; one rank only) (default: %(default)s)",
     )
     add(
         "--plugin",

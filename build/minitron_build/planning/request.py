@@ -12,6 +12,11 @@ from pathlib import Path
 from minitron_build.calibration.samples import DEFAULT_SEQ_LEN, SampleRequest
 from minitron_build.errors import PlanError
 
+ENGINE_BACKENDS = {
+    "cpp": "Triton's C++ tensorrtllm backend; the text models ask it through Triton, token by token",
+    "executor": "a Python model that owns TensorRT-LLM's executor; the text models read it over a socket",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -36,6 +41,7 @@ class PlanRequest:
         calib_samples: how many samples at most; None for the default.
         calib_seq_len: tokens of a sample at most; None for the default.
         fp8_exclude: patterns of linear layers that stay bf16 in an FP8 checkpoint.
+        engine_backend: what serves the engine, one of ENGINE_BACKENDS.
     """
 
     arch: str = "auto"
@@ -56,6 +62,7 @@ class PlanRequest:
     calib_samples: int | None = None
     calib_seq_len: int | None = None
     fp8_exclude: tuple[str, ...] = ()
+    engine_backend: str = "cpp"
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"):

@@ -1,4 +1,6 @@
-"""The Triton model `tensorrt_llm` of a GPU bundle: `config.pbtxt` for TensorRT-LLM's C++ backend.
+"""The Triton model `tensorrt_llm` of a GPU bundle: `config.pbtxt` for what serves the engine.
+
+That is TensorRT-LLM's C++ backend, or our Python model with TensorRT-LLM's executor in it.
 
 Takes the engine as it was built and the plan, and writes the file through the protobuf message: the tensors
 of the committed model, the logits in the engine's dtype, and each of the backend's parameters either set or
@@ -28,6 +30,14 @@ ENGINE_PATH = "model_repo/tensorrt_llm/1"
 of tritonserver, so the server is started in the bundle: `minitron serve` does, by hand it is `cd BUNDLE`."""
 MAX_QUEUE_SIZE = 1024
 """Requests that may wait; the backend bounds its own queue by Triton's policy too, and 0 is no bound."""
+REFERENCE_ONLY = ("checkpoint_dir", "compute_dtype")
+"""Parameters of the committed model that only the reference engine reads."""
+EXECUTOR_KEYS = (
+    *("batch_scheduler_policy", "kv_cache_free_gpu_mem_fraction", "kv_cache_host_memory_bytes"),
+    *("enable_kv_cache_reuse", "enable_chunked_context", "normalize_log_probs", "decoding_mode"),
+    *("multi_block_mode", "enable_context_fmha_fp32_acc", "iter_stats_max_iterations"),
+)
+"""Parameters of the C++ backend that the executor's model reads too, with the same meaning and value."""
 LOGITS_TENSORS = ("context_logits", "generation_logits")
 LOGITS_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 
@@ -76,9 +86,50 @@ def engine_model_config(engine: EngineConfig, plan: BuildPlan) -> Any:
     return config
 
 
+def executor_model_config(engine: EngineConfig, plan: BuildPlan) -> Any:
+    """The whole configuration of the Python model that owns the executor.
+
+    Returns:
+        The `inference.ModelConfig` message: the committed one with the engine's limits and logits.
+
+    Raises:
+        PlanError: as `engine_model_config`, or the engine has several ranks or beams.
+    """
+    check_engine(engine, plan)
+    for name, found in (
+        ("world size", engine.tp_size * engine.pp_size),
+        ("max_beam_width", engine.max_beam_width),
+    ):
+        if found != 1:
+            raise PlanError(
+                f"the engine's {name} is {found}", expected="1", where=MODEL, todo="use --engine-backend cpp"
+            )
+    config = pbtxt.read_config(template_dir() / MODEL)
+    set_logits_type(config, engine)
+    committed = pbtxt.get_parameters(config)
+    kept = {key: value for key, value in committed.items() if key not in REFERENCE_ONLY}
+    pbtxt.replace_parameters(config, kept | executor_parameters(engine, plan))
+    return config
+
+
+def executor_parameters(engine: EngineConfig, plan: BuildPlan) -> dict[str, str]:
+    """What the executor's model reads beside what it shares with the reference engine's."""
+    settings = engine_settings(engine, plan)
+    return {
+        "engine": "executor",
+        "engine_dir": "1",
+        "max_batch_size": str(engine.max_batch_size),
+        "max_input_len": str(engine.max_input_len),
+        "max_seq_len": str(engine.max_seq_len),
+        "max_num_tokens": str(engine.max_num_tokens),
+        **{key: settings[key].value or "" for key in EXECUTOR_KEYS},
+    }
+
+
 def write_engine_model(engine: EngineConfig, plan: BuildPlan, path: Path) -> None:
-    """Write the configuration to the model's folder, or to a file; raises as `engine_model_config`."""
-    pbtxt.write_config(engine_model_config(engine, plan), path)
+    """Write the plan's configuration to the model's folder, or to a file; raises as the one it writes."""
+    make = executor_model_config if plan.engine_backend == "executor" else engine_model_config
+    pbtxt.write_config(make(engine, plan), path)
 
 
 def set_logits_type(config: Any, engine: EngineConfig) -> None:

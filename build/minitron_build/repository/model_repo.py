@@ -46,13 +46,13 @@ def write_model_repo(
 
     Args:
         output_dir: a folder that does not exist yet.
-        engine_dir: a finished engine for the C++ backend, on the same disk: its files are linked, not
-            copied; None for the reference engine.
+        engine_dir: a finished engine, on the same disk: its files are linked, not copied; None for the
+            reference engine.
     """
     output_dir.mkdir(parents=True)
     for model in MODELS:
         shutil.copytree(template_dir() / model, output_dir / model, ignore=NOT_COPIED)
-        if model != ENGINE_MODEL or engine_dir is None:
+        if model != ENGINE_MODEL or plan.engine_backend != "cpp":
             runtime = Path(__file__).parents[1] / "runtime"
             shutil.copytree(runtime, output_dir / model / "1" / RUNTIME_NAME, ignore=NOT_COPIED)
     for path in source.tokenizer_files:
@@ -65,19 +65,20 @@ def write_model_repo(
 
 
 def _place_engine(plan: BuildPlan, engine_dir: Path, output_dir: Path) -> None:
-    """The C++ backend's model in the reference engine's place, and one logits dtype in all models."""
+    """The engine in the reference engine's place, and one logits dtype in all models."""
     from minitron_build.engine.engine_config import EngineConfig
     from minitron_build.repository.engine_model import set_logits_type, write_engine_model
 
     engine = EngineConfig.read(engine_dir)
     version_dir = output_dir / ENGINE_MODEL / "1"
-    (version_dir / "model.py").unlink()
     for path in engine_dir.iterdir():
         os.link(path, version_dir / path.name)
     write_engine_model(engine, plan, output_dir / ENGINE_MODEL)
-    # Only the reference engine has a link and priorities; the C++ backend is asked through Triton.
-    unlinked = {"engine_link": "false", "priority_levels": "1", "default_priority_level": "1"}
-    _set_parameters(output_dir, dict.fromkeys(TEXT_MODELS, unlinked))
+    if plan.engine_backend == "cpp":
+        (version_dir / "model.py").unlink()
+        # Only our own engine models have a link and priorities; the C++ backend is asked through Triton.
+        unlinked = {"engine_link": "false", "priority_levels": "1", "default_priority_level": "1"}
+        _set_parameters(output_dir, dict.fromkeys(TEXT_MODELS, unlinked))
     for model in TEXT_MODELS:
         config = pbtxt.read_config(output_dir / model)
         set_logits_type(config, engine)

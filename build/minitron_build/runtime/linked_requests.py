@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from .executor_engine import ExecutorEngine
 from .inputs import Inputs
 from .link_frames import PlainArrays, from_plain, to_plain
 from .link_server import LinkConnection
@@ -91,7 +92,10 @@ class LinkedRequests:
     """
 
     def __init__(
-        self, engine: ReferenceEngine, metrics: MetricBook, as_status: Callable[[Exception], StatusError]
+        self,
+        engine: ReferenceEngine | ExecutorEngine,
+        metrics: MetricBook,
+        as_status: Callable[[Exception], StatusError],
     ) -> None:
         self._engine, self._metrics, self._as_status = engine, metrics, as_status
         self._open: dict[tuple[LinkConnection, int], _Linked] = {}

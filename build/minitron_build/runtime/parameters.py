@@ -65,6 +65,21 @@ class Parameters:
             raise self._wrong(key, "a whole number")
         return int(text)
 
+    def fraction(self, key: str) -> float:
+        """A number above 0 and at most 1.
+
+        Raises:
+            ParameterError: missing, or not such a number.
+        """
+        text = self.text(key)
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 1:
+            raise self._wrong(key, "a number above 0 and at most 1")
+        return value
+
     def flag(self, key: str) -> bool:
         """True or false, in the spellings TensorRT-LLM's backend accepts.
 

@@ -1,4 +1,6 @@
-"""The Triton model `tensorrt_llm` on a CPU: token ids in, token ids out, through the reference engine.
+"""The Triton model `tensorrt_llm` in Python: token ids in, token ids out, through one of two engines.
+
+The parameter `engine` chooses: the reference engine on a CPU, or TensorRT-LLM's executor on a GPU.
 
 It knows Triton's decoupled protocol: who may send, when a request ends, how it is stopped. It knows nothing
 of text. Four parties meet here: Triton calls `execute`, the engine thread hands over tokens, one sender
@@ -19,11 +21,12 @@ from functools import partial
 from typing import Any
 
 from . import tensors
+from .executor_engine import ExecutorEngine, ExecutorSettings
 from .link_server import LinkServer
 from .linked_requests import LinkedRequests
 from .metrics import ENGINE_METRICS, REQUEST_METRICS, MetricBook, RequestMeter, TokenMeter
 from .orphan import end_with_parent
-from .parameters import Parameters
+from .parameters import ParameterError, Parameters
 from .priority import PriorityLevels
 from .reference_engine import EngineLimits, EngineOutput, QueueFullError, ReferenceEngine, RequestError
 from .status import CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE, StatusError, invalid
@@ -76,12 +79,12 @@ class TritonPythonModel:
     """What Triton's Python backend loads; the method names are Triton's."""
 
     def initialize(self, args: dict[str, Any]) -> None:
-        """Load the checkpoint and start the threads.
+        """Load the engine and start the threads.
 
         Raises:
-            RuntimeError: numpy 2 is installed.
-            ParameterError: a parameter is missing or wrong, or `checkpoint_dir` is not a folder.
-            ValueError: the limits contradict each other, or the checkpoint is not one the engine executes.
+            RuntimeError: numpy 2 is installed, or tensorrt_llm is not and `engine` needs it.
+            ParameterError: a parameter is missing or wrong, or its folder is not there.
+            ValueError: the limits contradict each other, or what is in the folder is nothing for the engine.
         """
         tensors.check_numpy()
         end_with_parent()
@@ -90,12 +93,7 @@ class TritonPythonModel:
         self._max_request_bytes = parameters.number("max_request_bytes")
         self._exclude_input = parameters.flag("exclude_input_in_output")
         self._priorities = PriorityLevels(parameters)
-        self._engine = ReferenceEngine(
-            parameters.folder("checkpoint_dir"),
-            limits,
-            compute_dtype=parameters.text("compute_dtype"),
-            max_queue_size=parameters.number("max_queue_size"),
-        )
+        self._engine = _open_engine(parameters, limits)
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -297,6 +295,39 @@ class TritonPythonModel:
                 if call.submitted and call.ending is None and (reason := _reason_to_end(call)) is not None:
                     call.ending = reason
                     self._cancel(call)
+
+
+def _open_reference(parameters: Parameters, limits: EngineLimits) -> ReferenceEngine:
+    return ReferenceEngine(
+        parameters.folder("checkpoint_dir"),
+        limits,
+        compute_dtype=parameters.text("compute_dtype"),
+        max_queue_size=parameters.number("max_queue_size"),
+    )
+
+
+def _open_executor(parameters: Parameters, limits: EngineLimits) -> ExecutorEngine:
+    return ExecutorEngine(
+        parameters.folder("engine_dir"),
+        limits,
+        ExecutorSettings.read(parameters),
+        max_queue_size=parameters.number("max_queue_size"),
+    )
+
+
+_ENGINES: dict[str, Callable[[Parameters, EngineLimits], ReferenceEngine | ExecutorEngine]] = {
+    "reference": _open_reference,
+    "executor": _open_executor,
+}
+
+
+def _open_engine(parameters: Parameters, limits: EngineLimits) -> ReferenceEngine | ExecutorEngine:
+    if (name := parameters.text("engine")) not in _ENGINES:
+        expected = " or ".join(_ENGINES)
+        raise ParameterError(
+            f"parameter engine of model {parameters.model_name} is {name!r}; expected {expected}"
+        )
+    return _ENGINES[name](parameters, limits)
 
 
 def _reason_to_end(call: _Call) -> StatusError | None:

@@ -42,9 +42,9 @@ def _time(value_ns: int) -> Array:
     return np.array([[value_ns]], dtype=np.int64)
 
 
-def _own_blocks(piece: Piece) -> Array:
-    """Blocks the request has; this engine reuses none, so all of them are new."""
-    return _int32(piece.last.kv_blocks)
+def _new_blocks(piece: Piece) -> Array:
+    new = piece.last.kv_new_blocks
+    return _int32(piece.last.kv_blocks if new is None else new)
 
 
 def _log_probs(piece: Piece) -> Array:
@@ -81,9 +81,9 @@ _OUTPUTS: dict[str, tuple[str | None, Callable[[Piece], Array | None]]] = {
     "first_scheduled_time_ns": ("perf_metrics", lambda piece: _time(piece.last.times.first_scheduled_ns)),
     "first_token_time_ns": ("perf_metrics", lambda piece: _time(piece.last.times.first_token_ns)),
     "last_token_time_ns": ("perf_metrics", lambda piece: _time(piece.last.times.last_token_ns)),
-    "kv_cache_alloc_total_blocks": ("perf_metrics", _own_blocks),
-    "kv_cache_alloc_new_blocks": ("perf_metrics", _own_blocks),
-    "kv_cache_reused_blocks": ("perf_metrics", lambda piece: _int32(0)),
+    "kv_cache_alloc_total_blocks": ("perf_metrics", lambda piece: _int32(piece.last.kv_blocks)),
+    "kv_cache_alloc_new_blocks": ("perf_metrics", _new_blocks),
+    "kv_cache_reused_blocks": ("perf_metrics", lambda piece: _int32(piece.last.kv_reused_blocks)),
 }
 """Output -> the flag of `Returns` that asks for it (None: always sent when requested), and how it is made."""
 OPTIONAL_OUTPUTS = frozenset(name for name, (flag, _) in _OUTPUTS.items() if flag is not None)

@@ -8,6 +8,8 @@ The same requests go to `tensorrt_llm` itself (the bare decoupled model), to `te
     link      the engine runs as fast as it can; what waits while a response is under way goes with the next
     one-each  the same, but the engine waits until its last step is read: one token per response
     paced     a step every 10 ms, as a GPU's would be
+    executor  the bundle's engine model over TensorRT-LLM's executor as the stand-in plays it, at full speed
+    executor-paced  the same with a step every 10 ms
     triton    no link: one response per token from model to model, as with TensorRT-LLM's backend
     triton-4  the same with four processes of each text model
     demo      no null engine: the demo model on this machine's cores; token ids beside the text, to count by
@@ -37,6 +39,8 @@ CASES: dict[str, NullSettings | None] = {
     "link": NullSettings(),
     "one-each": NullSettings(runs_ahead=False),
     "paced": NullSettings(step_s=0.01),
+    "executor": NullSettings(executor=True),
+    "executor-paced": NullSettings(executor=True, step_s=0.01),
     "triton": NullSettings(link=False),
     "triton-4": NullSettings(link=False, instances=4),
     "demo": None,

@@ -18,6 +18,7 @@ from minitron_build.serving.triton_server import ServerOptions, TritonServer, fr
 from minitron_build.source.hub import resolve_checkpoint
 
 HERE = Path(__file__).parent
+STAND_IN = HERE.parents[1] / "stand_in" / "tensorrt_llm"
 TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
 SCRIPT_TEXT = "The quick brown fox jumps over the lazy dog, and then it sat down beside the river. "
 
@@ -32,12 +33,31 @@ class NullSettings:
         link: whether the text models use the engine's link, or ask through Triton as they must ask
             TensorRT-LLM's backend.
         instances: processes of each text model.
+        executor: whether the engine is the bundle's own engine model over the stand-in's executor.
     """
 
     step_s: float = 0.0
     runs_ahead: bool = True
     link: bool = True
     instances: int = 1
+    executor: bool = False
+
+
+EXECUTOR_PARAMETERS = {
+    "engine": "executor",
+    "engine_dir": "1",
+    "batch_scheduler_policy": "guaranteed_no_evict",
+    "kv_cache_free_gpu_mem_fraction": "0.9",
+    "kv_cache_host_memory_bytes": "0",
+    "enable_kv_cache_reuse": "true",
+    "enable_chunked_context": "true",
+    "normalize_log_probs": "true",
+    "decoding_mode": "top_k_top_p",
+    "multi_block_mode": "true",
+    "enable_context_fmha_fp32_acc": "false",
+    "iter_stats_max_iterations": "1000",
+}
+BATCH = 256
 
 
 def build_once(folder: Path, checkpoint: str) -> Path:
@@ -66,15 +86,37 @@ def write_null_repo(bundle: Path, folder: Path, settings: NullSettings) -> Path:
     repo = folder / "model_repo"
     shutil.copytree(bundle / "model_repo", repo)
     engine_dir = repo / "tensorrt_llm" / "1"
-    shutil.copyfile(HERE / "null_engine.py", engine_dir / "model.py")
-    fields = {name: value for name, value in asdict(settings).items() if name in ("step_s", "runs_ahead")}
-    (engine_dir / "null_engine.json").write_text(json.dumps(fields | {"ids": script_ids(bundle)}))
+    if settings.executor:
+        _write_executor(bundle, repo, settings)
+    else:
+        shutil.copyfile(HERE / "null_engine.py", engine_dir / "model.py")
+        fields = {name: value for name, value in asdict(settings).items() if name in ("step_s", "runs_ahead")}
+        (engine_dir / "null_engine.json").write_text(json.dumps(fields | {"ids": script_ids(bundle)}))
     for model in TEXT_MODELS:
         config = pbtxt.read_config(repo / model)
         pbtxt.set_parameters(config, {"engine_link": str(settings.link).lower()})
         config.instance_group[0].count = settings.instances
         pbtxt.write_config(config, repo / model)
     return repo
+
+
+def _write_executor(bundle: Path, repo: Path, settings: NullSettings) -> None:
+    """The engine model as it is, over TensorRT-LLM's executor as the stand-in plays it."""
+    engine_dir = repo / "tensorrt_llm" / "1"
+    shutil.copytree(STAND_IN, engine_dir / "tensorrt_llm")
+    config = pbtxt.read_config(repo / "tensorrt_llm")
+    limits = {"max_batch_size": BATCH, "max_input_len": 1024, "max_seq_len": 2048, "max_num_tokens": 1024}
+    texts = {name: str(value) for name, value in limits.items()}
+    pbtxt.replace_parameters(config, pbtxt.get_parameters(config) | EXECUTOR_PARAMETERS | texts)
+    pbtxt.write_config(config, repo / "tensorrt_llm")
+    vocab_size = json.loads((bundle / "checkpoint/config.json").read_text())["vocab_size"]
+    gathers = {"gather_context_logits": False, "gather_generation_logits": False}
+    model = {"vocab_size": vocab_size, "mapping": {"world_size": 1}}
+    engine = {"pretrained_config": model, "build_config": limits | gathers}
+    (engine_dir / "config.json").write_text(json.dumps(engine))
+    (engine_dir / "rank0.engine").write_bytes(b"engine")
+    script = {"ids": script_ids(bundle), "step_s": settings.step_s}
+    (engine_dir / "script.json").write_text(json.dumps(script))
 
 
 @contextmanager

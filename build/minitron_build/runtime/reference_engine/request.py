@@ -210,6 +210,10 @@ class EngineOutput:
     """Sum of all log-probs of the request so far, when asked for."""
     kv_blocks: int = 0
     """Blocks of KV cache the request has, `TOKENS_PER_BLOCK` tokens each; 0 when it gave no token."""
+    kv_new_blocks: int | None = None
+    """How many of them were computed for it; None: all."""
+    kv_reused_blocks: int = 0
+    """How many of them another request had left."""
     context_logits: npt.NDArray[np.float32] | None = None
     """[prompt_tokens, vocab_size], raw, on the first output only."""
     generation_logits: npt.NDArray[np.float32] | None = None
