@@ -13,6 +13,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from minitron_build.engine.engine import build_engine, find_build_tool
 from minitron_build.engine.engine_record import EngineRecord
 from minitron_build.engine.precheck import GpuState, precheck, read_gpus, read_machine
 from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
+from minitron_build.repository.engine_model import executor_parameters
 from minitron_build.runtime.reference_engine import (
     EngineLimits,
     EngineOutput,
@@ -60,6 +62,42 @@ ids = runner.generate(batch, max_new_tokens=num_tokens, end_id=-1, pad_id=0, top
 ends = [(len(prompt), len(prompt) + num_tokens) for prompt in prompts]
 print(json.dumps([row[0][start:end].tolist() for row, (start, end) in zip(ids, ends)]))
 """
+
+GENERATE_BY_EXECUTOR = """
+import json, queue, sys
+from pathlib import Path
+from minitron_build.engine.engine_config import EngineConfig
+from minitron_build.runtime.executor_engine import ExecutorEngine, ExecutorSettings
+from minitron_build.runtime.parameters import Parameters
+from minitron_build.runtime.reference_engine import EngineLimits, GenerationRequest, SamplingConfig
+engine_dir, prompts, num_tokens = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+values = {key: {"string_value": value} for key, value in json.loads(sys.argv[4]).items()}
+config = json.dumps({"parameters": values})
+settings = ExecutorSettings.read(
+    Parameters({"model_config": config, "model_repository": "/", "model_name": "tensorrt_llm"})
+)
+found = EngineConfig.read(engine_dir)
+limits = EngineLimits(**{name: getattr(found, name) for name in EngineLimits.__dataclass_fields__})
+engine, outputs = ExecutorEngine(engine_dir, limits, settings, max_queue_size=16), queue.SimpleQueue()
+for number, prompt in enumerate(prompts):
+    request = GenerationRequest(str(number), tuple(prompt), num_tokens, None, SamplingConfig())
+    engine.submit(request, outputs.put)
+engine.submit(GenerationRequest("cancelled", tuple(prompts[0]), 1500, None), outputs.put)
+engine.cancel("cancelled")
+ids, reasons = {}, {}
+while len(reasons) < len(prompts) + 1:
+    output = outputs.get(timeout=120)
+    ids.setdefault(output.key, []).extend(output.token_ids)
+    if output.finish_reason is not None:
+        reasons[output.key] = output.finish_reason
+stats = engine.stats()
+engine.close()
+assert reasons.pop("cancelled") == "cancelled", reasons
+assert set(reasons.values()) == {"length"}, reasons
+assert stats.steps > 0 and stats.kv_tokens_capacity > 0, stats
+print(json.dumps([ids[str(number)] for number in range(len(prompts))]))
+"""
+"""Requests together, and one that is cancelled at once."""
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +141,19 @@ def test_real_engine_answers_as_the_reference_engine(
     assert inspect(tmp_path / "engine").facts["built for"] == f"SM {gpu.gpu.sm}"
     assert EngineRecord.load(tmp_path / "engine").versions["tensorrt_llm"] == "1.2.1"
     wanted = reference_tokens(checkpoint_dir)
-    found = generate_on_gpu(tmp_path / "engine", prompt_ids())
+    found = generate_on_gpu(GENERATE, tmp_path / "engine")
     for tokens, clear in zip(found, wanted, strict=True):
+        assert tokens[: len(clear)] == clear
+
+
+def test_executor_engine_answers_as_the_reference_engine(
+    plan: BuildPlan, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    """What an executor bundle serves with; the stand-in's tests hold only to what its sources say."""
+    config = build_engine(plan, checkpoint_dir, tmp_path / "engine")
+    parameters = executor_parameters(config, replace(plan, engine_backend="executor"))
+    found = generate_on_gpu(GENERATE_BY_EXECUTOR, tmp_path / "engine", json.dumps(parameters))
+    for tokens, clear in zip(found, reference_tokens(checkpoint_dir), strict=True):
         assert tokens[: len(clear)] == clear
 
 
@@ -125,9 +174,10 @@ def prompt_ids() -> list[list[int]]:
     return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
 
 
-def generate_on_gpu(engine_dir: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens of TensorRT-LLM's own C++ runner, in a process of its own: it keeps the GPU's memory."""
-    command = [sys.executable, "-c", GENERATE, str(engine_dir), json.dumps(prompts), str(NUM_TOKENS)]
+def generate_on_gpu(program: str, engine_dir: Path, *words: str) -> list[list[int]]:
+    """Greedy tokens of each prompt, from a process of its own: it keeps the GPU's memory."""
+    prompts = json.dumps(prompt_ids())
+    command = [sys.executable, "-c", program, str(engine_dir), prompts, str(NUM_TOKENS), *words]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     result: list[list[int]] = json.loads(answer.stdout.splitlines()[-1])
