@@ -274,3 +274,37 @@ def test_the_executors_model_has_one_rank_and_one_beam(make_hopper_plan: Callabl
     two = make_hopper_plan(tp_size=2)
     with pytest.raises(PlanError, match="world size is 2; expected 1; use --engine-backend cpp"):
         executor_model_config(replace(make_engine(), tp_size=2), two)
+
+
+def write_executor_repo(plan: BuildPlan, repo: Path) -> None:
+    """The engine model of an executor bundle and the text models in front of it, around a stand-in engine."""
+    shutil.copytree(template_dir(), repo)
+    folder = repo / "tensorrt_llm" / "1"
+    (folder / "config.json").write_text(json.dumps(GOLDEN["bf16"]["engine_config"]))
+    (folder / "rank0.engine").write_bytes(b"engine")
+    write_engine_model(make_engine(), plan, repo / "tensorrt_llm")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("decoding_mode", "beams", "is beams; expected .*; the model does not load"),
+        ("kv_cache_free_gpu_mem_fraction", "2", "is 2; expected a number above 0 and at most 1"),
+        ("max_seq_len", "1", "is 1; expected the engine's"),
+        ("engine_dir", "2", "2: no such folder; the backend looks from .*tensorrt_llm"),
+        ("gpt_model_path", "1", ""),
+        ("multi_block_mode", "", "is missing"),
+    ],
+)
+def test_lint_knows_the_executors_model(
+    make_hopper_plan: Callable[..., BuildPlan], tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    repo = tmp_path / "bundle" / "model_repo"
+    write_executor_repo(make_hopper_plan(engine_backend="executor"), repo)
+    assert lint(TritonRepository.read(repo)) == ()
+    config = pbtxt.read_config(repo / "tensorrt_llm")
+    pbtxt.replace_parameters(config, pbtxt.get_parameters(config) | {key: value})
+    pbtxt.write_config(config, repo / "tensorrt_llm")
+    (one,) = lint(TritonRepository.read(repo))
+    assert one.key == key
+    assert re.search(message, str(one))

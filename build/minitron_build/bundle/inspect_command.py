@@ -250,7 +250,7 @@ def _bundle_facts(manifest: Any) -> Iterator[tuple[str, Any]]:
     yield "target", manifest.arch + (f" (SM {plan['sm']})" if plan.get("sm") else "")
     revision = source.get("revision")
     yield "source", source.get("name", "?") + (f" at {revision}" if revision else "")
-    for name in ("precision", "kv_cache_dtype", "tp_size", "pp_size", "container"):
+    for name in ("precision", "kv_cache_dtype", "tp_size", "pp_size", "engine_backend", "container"):
         if plan.get(name) is not None:
             yield name, plan[name]
     yield from plan.get("limits", {}).items()

@@ -225,7 +225,7 @@ def _known_names(model: TritonModel) -> tuple[str, ...] | None:
     """The parameters a model reads; None for a model nobody here knows."""
     if model.is_ours and model.is_python and model.name in MODELS:
         committed = pbtxt.get_parameters(pbtxt.read_config(template_dir() / model.name))
-        if model.parameters.get("engine") == "executor":
+        if model.is_executor:
             shared = (key for key in committed if key not in REFERENCE_ONLY)
             return (*shared, "engine_dir", *EXECUTOR_KEYS, *_READ_BY_TRITON)
         return (*committed, *_READ_BY_TRITON)
@@ -263,15 +263,15 @@ def _is_other_engine(model: TritonModel) -> bool:
 
 
 def check_values(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
-    """Values the C++ backend can use; it takes its default for others and only logs it."""
-    if not model.is_cpp_engine:
+    """Values the engine's model can use; the C++ backend takes its default for others and only logs it."""
+    if model.engine_key is None:
         return
-    for key, parameter in PARAMETERS.items():
-        text = model.value(key)
+    for key in EXECUTOR_KEYS if model.is_executor else PARAMETERS:
+        parameter, text = PARAMETERS[key], model.value(key)
         expected = None if text is None else parameter.wrong(text)
         if expected is None:
             continue
-        if parameter.need == "value":
+        if parameter.need == "value" or model.is_executor:
             todo = "the model does not load"
         else:
             todo = f"{_default_words(model, key)}, and only the log says so"
@@ -344,19 +344,21 @@ def check_tokenizer(repository: TritonRepository, model: TritonModel) -> Iterato
 
 def check_engine_dir(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
     """The engine's folder is there, can be read, and holds one file for each rank."""
-    engine_dir, text = repository.engine_dir(model), model.value("gpt_model_path") or ""
-    if engine_dir is None:
+    engine_dir, key = repository.engine_dir(model), model.engine_key
+    if engine_dir is None or key is None:
         return
+    text = model.value(key) or ""
     if not engine_dir.is_dir():
-        start = f"the backend looks from where tritonserver is started, here {repository.working_dir}"
+        start = f"where tritonserver is started, here {repository.working_dir}"
+        start = f"the backend looks from {model.path if model.is_executor else start}"
         todo = "" if text.startswith("/") else start
-        yield finding(ERROR, model, "gpt_model_path", f"{text}: no such folder", todo=todo)
+        yield finding(ERROR, model, key, f"{text}: no such folder", todo=todo)
         return
     try:
         EngineConfig.read(engine_dir).check_rank_files(engine_dir)
     except CheckpointError as error:
         found = f"{text}: {error.found}"
-        yield finding(ERROR, model, "gpt_model_path", found, expected=error.expected, todo=error.todo)
+        yield finding(ERROR, model, key, found, expected=error.expected, todo=error.todo)
 
 
 # --- the engine behind a C++ model
@@ -445,6 +447,7 @@ def _check_paged_context(model: TritonModel, engine: EngineConfig) -> Iterator[F
 
 
 def _check_limits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    yield from _check_executor_limits(model, engine)
     tokens = engine.max_num_tokens
     chunks = is_true(model.value("enable_chunked_context"), default=False)
     if tokens is not None and tokens < min(engine.max_input_len, engine.max_seq_len) and not chunks:
@@ -455,6 +458,15 @@ def _check_limits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]
     if share is not None and share < 1 and not engine.weight_streaming:
         found, expected = f"is {share:g}", "1.0: the engine was built without weight_streaming"
         yield finding(ERROR, model, "gpu_weights_percent", found, expected=expected)
+
+
+def _check_executor_limits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
+    """The executor's model refuses by its own limits, which are the engine's."""
+    names = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens") if model.is_executor else ()
+    for name in names:
+        built, written = getattr(engine, name), model.value(name)
+        if written != str(built):
+            yield finding(ERROR, model, name, f"is {written}", expected=f"the engine's {built}")
 
 
 def _check_batch(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:

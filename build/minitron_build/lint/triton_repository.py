@@ -116,6 +116,16 @@ class TritonModel:
         return bool(self.config.backend == ENGINE_BACKEND or self.config.backend.startswith(PLACEHOLDER))
 
     @cached_property
+    def is_executor(self) -> bool:
+        """Served by this toolkit's Python model with TensorRT-LLM's executor in it."""
+        return self.is_python and self.is_ours and self.parameters.get("engine") == "executor"
+
+    @property
+    def engine_key(self) -> str | None:
+        """The parameter that names the engine's folder; None for a model without an engine."""
+        return "gpt_model_path" if self.is_cpp_engine else "engine_dir" if self.is_executor else None
+
+    @cached_property
     def is_ours(self) -> bool:
         """Its `model.py` is this toolkit's, not NVIDIA's."""
         return any(RUNTIME_NAME in _text_of(folder / "model.py") for folder in self.versions)
@@ -185,12 +195,14 @@ class TritonRepository:
         return [model for model in self.models.values() if model.part == part]
 
     def engine_dir(self, model: TritonModel) -> Path | None:
-        """Folder of a C++ model's engine; None when the file does not say, or it is of another machine."""
-        path = model.value("gpt_model_path") if model.is_cpp_engine and self.has_paths else None
-        return None if path is None else self.working_dir / path
+        """Folder of a model's engine; None when the file does not say, or it is of another machine."""
+        key = model.engine_key
+        path = model.value(key) if key is not None and self.has_paths else None
+        start = model.path if model.is_executor else self.working_dir
+        return None if path is None else start / path
 
     def engine(self, model: TritonModel) -> EngineConfig | None:
-        """The engine behind a C++ model; None when it cannot be read, which another check reports."""
+        """The engine behind a model; None when it cannot be read, which another check reports."""
         engine_dir = self.engine_dir(model)
         try:
             return None if engine_dir is None else EngineConfig.read(engine_dir)
