@@ -105,6 +105,7 @@ def executor_model_config(engine: EngineConfig, plan: BuildPlan) -> Any:
                 f"the engine's {name} is {found}", expected="1", where=MODEL, todo="use --engine-backend cpp"
             )
     config = pbtxt.read_config(template_dir() / MODEL)
+    config.max_batch_size = engine.max_batch_size
     set_logits_type(config, engine)
     committed = pbtxt.get_parameters(config)
     kept = {key: value for key, value in committed.items() if key not in REFERENCE_ONLY}
