@@ -1,11 +1,12 @@
 """Blocking calls to one server over one gRPC channel, and the responses to one of them.
 
 Imported at the first call, because grpc takes its time. It knows grpc's threads and its behaviour after a
-fork. Messages, channel options and what a failure means are `_triton.py`'s.
+fork and after an interrupt. Messages, channel options and what a failure means are `_triton.py`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -33,6 +34,9 @@ from minitron_client.settings import TlsConfig, check_url
 from minitron_client.tensors import InferRequest, InferResponse, ModelMetadata
 
 _log = logging.getLogger("minitron_client")
+
+LOCK_ERRORS = ("cannot release un-acquired lock", "release unlocked lock")
+"""What Python says, of an RLock and of a Lock, when one is given back that is not held."""
 
 
 class Connection:
@@ -62,7 +66,8 @@ class Connection:
         request_type, read = SMALL_CALLS[name]
         stub, message = self._open(), getattr(messages(), request_type)(**fields)
         try:
-            return read(getattr(stub, name)(message, timeout=timeout_s, metadata=headers))
+            with self._leaving_at_interrupt():
+                return read(getattr(stub, name)(message, timeout=timeout_s, metadata=headers))
         except ValueError as error:  # grpc's way to say that close() came in between
             raise ClientClosedError(f"the client for {self.url} was closed") from error
         except grpc.RpcError as error:
@@ -110,17 +115,18 @@ class Connection:
             is_streamed: False for a model that answers once.
         """
         stub, message = self._open(), request_message(request)
-        try:
-            if is_streamed:
-                # One stream per request: the end of the RPC is the end of the answer, whatever is flagged.
-                call = stub.ModelStreamInfer(iter([message]), timeout=left_s, metadata=headers)
-            else:
-                call = stub.ModelInfer.future(message, timeout=left_s, metadata=headers)
-        except ValueError as error:
-            raise ClientClosedError(f"the client for {self.url} was closed") from error
+        with self._leaving_at_interrupt():
+            try:
+                if is_streamed:
+                    # One stream per request: its end is the end of the answer, whatever is flagged.
+                    call = stub.ModelStreamInfer(iter([message]), timeout=left_s, metadata=headers)
+                else:
+                    call = stub.ModelInfer.future(message, timeout=left_s, metadata=headers)
+            except ValueError as error:
+                raise ClientClosedError(f"the client for {self.url} was closed") from error
         self._calls.add(call)
         reader = ResponseReader(self.url, request.request_id, left_s if timeout_s is None else timeout_s)
-        return Responses(call, reader) if is_streamed else Answer(call, reader)
+        return (Responses if is_streamed else Answer)(call, reader, self)
 
     def close(self) -> None:
         """Cancel every open call and close the channel; may be called twice and from any thread."""
@@ -133,6 +139,31 @@ class Connection:
             call.cancel()
         if channel is not None:
             channel.close()
+
+    def leave(self, call: Any) -> None:
+        """Give the channel up after an interrupt; what comes next makes a new one.
+
+        An exception that a signal handler raises inside grpc can leave a lock of the channel held for ever,
+        so that whoever touches it next may wait for ever: a thread that nobody waits for ends the call.
+        """
+        with self._lock:
+            channel, self._channel, self._stub = self._channel, None, None
+        if call is not None:
+            self._calls.discard(call)
+        is_shared = bool(self._calls)  # other threads' calls go on, if they can
+        threading.Thread(target=_retire, args=(channel, call, is_shared), daemon=True).start()
+
+    @contextlib.contextmanager
+    def _leaving_at_interrupt(self) -> Iterator[None]:
+        """Around grpc's own code: an interrupt in it gives the channel up."""
+        try:
+            yield
+        except BaseException as error:
+            interrupt = _interrupt_in(error)
+            if interrupt is None:
+                raise
+            self.leave(None)
+            raise interrupt from None
 
     def _open(self) -> Any:
         """The stub, with its channel, made at the first call of each process."""
@@ -148,9 +179,10 @@ class Connection:
 class Responses:
     """The responses to one request, in order; read by one thread, cancelled by any."""
 
-    def __init__(self, call: Any, reader: ResponseReader) -> None:
-        self._call, self._reader = call, reader
+    def __init__(self, call: Any, reader: ResponseReader, connection: Connection) -> None:
+        self._call, self._reader, self._connection = call, reader, connection
         self._is_cancelled = False
+        self._is_left = False
 
     def __iter__(self) -> Iterator[InferResponse]:
         return self
@@ -179,6 +211,9 @@ class Responses:
             if self._is_cancelled:
                 return None
             raise self._reader.error(*status_of(error)) from None
+        except BaseException as error:
+            self._leave_at_interrupt(error)
+            raise
         if message is None:
             if not self._is_cancelled:
                 self._reader.check_whole()
@@ -191,7 +226,15 @@ class Responses:
     def cancel(self) -> None:
         """End the RPC; the reading stops without an error."""
         self._is_cancelled = True
-        self._call.cancel()
+        if not self._is_left:
+            self._call.cancel()
+
+    def _leave_at_interrupt(self, error: BaseException) -> None:
+        interrupt = _interrupt_in(error)
+        if interrupt is not None:
+            self._is_left = True
+            self._connection.leave(self._call)
+            raise interrupt from None
 
     def _drain(self) -> None:
         """Read on to the end of the RPC after an error, for a moment at most."""
@@ -224,3 +267,21 @@ class Answer(Responses):
             if self._is_cancelled:
                 return None
             raise self._reader.error(*status_of(error)) from None
+        except BaseException as error:
+            self._leave_at_interrupt(error)
+            raise
+
+
+def _interrupt_in(error: BaseException) -> BaseException | None:
+    """The interrupt that grpc was left by, also when its own tidying failed after it."""
+    if isinstance(error, RuntimeError) and str(error) in LOCK_ERRORS:
+        error = error.__context__ or error
+    return None if isinstance(error, Exception) else error
+
+
+def _retire(channel: Any, call: Any, is_shared: bool) -> None:
+    """End a call on a channel that may have a lock held for ever: this may never return."""
+    if call is not None:
+        call.cancel()
+    if channel is not None and not is_shared:
+        channel.close()
