@@ -11,12 +11,14 @@ import json
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
-from triton_calls import Channel, message
+from triton_calls import Channel, message, post
 from triton_repos import serving
 
 from minitron_build.bundle.bundle import Bundle
@@ -26,6 +28,11 @@ from minitron_build.serving.triton_stubs import live_stubs, read_state
 from minitron_client import health_command
 
 TEXT, TOKENS = "tensorrt_llm_bls", "tensorrt_llm"
+REFUSED: dict[str, dict[str, Any]] = {
+    TEXT: {"text_input": "def f(", "max_tokens": 0},
+    "ensemble": {"text_input": "def f(", "max_tokens": 0},
+    TOKENS: {"input_ids": [508], "input_lengths": 1, "request_output_len": 0},
+}
 LINE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
 
 
@@ -59,10 +66,17 @@ async def test_every_metric_is_there(running_server: TritonServer) -> None:
 
 
 def test_models_end_well_when_the_server_stops(tiny_bundle: Bundle) -> None:
-    """A series that is freed only as the interpreter ends takes its process down with SIGSEGV."""
+    """What the backend's library frees only as the interpreter ends takes the process down with SIGSEGV.
+
+    That may be a metric, or the sender of a request that was refused.
+    """
     ends: dict[str, int] = {}
     with serving(tiny_bundle.model_repo) as server:
         stubs = live_stubs(server.pid)
+        for model in (TEXT, "ensemble", TOKENS):
+            for _ in range(5):
+                with pytest.raises(urllib.error.HTTPError, match="400"):
+                    post(server, model, "generate", REFUSED[model])
         stopping = threading.Thread(target=server.stop)
         stopping.start()
         while stopping.is_alive():  # Triton reaps a process some time after its end

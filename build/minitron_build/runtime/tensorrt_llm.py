@@ -135,6 +135,7 @@ class TritonPythonModel:
         for thread in self._threads:
             thread.join()
         self._metrics.close()
+        tensors.free_circles()
 
     def _collect(self, book: MetricBook) -> None:
         """What the engine is doing, for the metrics."""

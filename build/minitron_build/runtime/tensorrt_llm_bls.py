@@ -166,6 +166,7 @@ class TritonPythonModel:
         self._desk.shutdown(wait=False, cancel_futures=True)
         self._route.close()
         self._metrics.close()
+        tensors.free_circles()
 
     # --- accepting: Triton's thread, or one of the desk
 
