@@ -289,9 +289,10 @@ class TritonPythonModel:
         if step.is_last:
             stream.has_ended = True
             self._streams.pop(stream.number, None)
+        if step.error is not None:  # not raised: its traceback would refer to the step, and be freed late
+            self._fail(stream.call, step.error)
+            return
         try:
-            if step.error is not None:
-                raise step.error
             so_far = stream.text.output_tokens
             stream.text.feed(step)
             stream.meter.tokens(stream.text.output_tokens - so_far)

@@ -191,8 +191,8 @@ def make_metric_family(name: str, description: str, kind: str) -> Any:
 def free_circles() -> None:
     """Free what only circles of references keep; call it last in `finalize`.
 
-    A refused request's sender is in one, by way of the error's traceback. A sender that is freed only as the
-    interpreter ends locks a mutex in memory that is gone by then, and takes the process down with SIGSEGV.
+    A sender in one, by way of an error's traceback say, that is freed only as the interpreter ends locks a
+    mutex in memory that is gone by then, and takes the process down with SIGSEGV.
     """
     gc.collect()
 
