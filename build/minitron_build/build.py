@@ -140,6 +140,8 @@ def check_build(
         raise PlanError(
             "--stop-after engine with --arch cpu", todo="a CPU has no engine: use checkpoint or bundle"
         )
+    if plan.sm is None and container:
+        raise PlanError("--container with --arch cpu", todo="a CPU has no engine to build: leave it out")
     check_output_dir(output_dir)
     if plan.sm is None or stop_after == "checkpoint":
         return None

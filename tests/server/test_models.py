@@ -410,6 +410,24 @@ async def test_a_bad_raw_request_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "asked", "missing"),
+    [
+        ("tensorrt_llm_bls", GOOD, "max_tokens"),
+        ("ensemble", GOOD, "max_tokens"),
+        ("tensorrt_llm", GOOD_RAW, "request_output_len"),
+        ("tensorrt_llm", GOOD_RAW, "input_lengths"),
+    ],
+)
+async def test_a_forgotten_tensor_is_named(
+    channel: Channel, model: str, asked: dict[str, Any], missing: str
+) -> None:
+    """Triton itself only counts the inputs: another one in its place lets the request through."""
+    inputs = {name: value for name, value in asked.items() if name != missing}
+    with pytest.raises(RuntimeError, match=f"^INVALID_ARGUMENT: {missing} is missing; every request must"):
+        await channel.ask(model, **inputs, temperature=1.0)
+
+
 async def test_refusals_leave_the_streams_beside_them_alone(
     channel: Channel, expected: Callable[..., str]
 ) -> None:

@@ -165,3 +165,21 @@ def test_missing_tokenizer_is_refused_before_work(
 def test_empty_output_folder_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--output-dir", ""]) == 2
     assert "a folder's name is needed" in capsys.readouterr().err
+
+
+def test_a_container_for_an_engine_that_a_cpu_has_not_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "build",
+        "--arch",
+        "cpu",
+        "--checkpoint",
+        "demo",
+        "--container",
+        "--output-dir",
+        str(tmp_path / "b"),
+    ]
+    assert main(words) == 1
+    assert "--container with --arch cpu; a CPU has no engine to build" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

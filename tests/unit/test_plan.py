@@ -200,6 +200,8 @@ def test_model_with_few_positions_gets_what_it_has(real: ModelConfig) -> None:
             "and bf16 weights; expected fp8 weights or a bf16 KV cache; TensorRT-LLM turns paged context",
         ),
         ({"arch": "hopper", "tp_size": 3}, "--tp-size 3 does not divide"),
+        ({"arch": "hopper", "tp_size": 16}, "--tp-size 16 .*make 16 ranks; expected at most 8"),
+        ({"arch": "hopper", "tp_size": 8, "pp_size": 6}, "make 48 ranks; expected at most 8"),
         ({"arch": "hopper", "max_batch_size": 64, "max_num_tokens": 16}, "--max-num-tokens 16.*at least 64"),
         (
             {"arch": "hopper", "max_batch_size": 1, "max_num_tokens": 20000},
@@ -261,3 +263,11 @@ def test_an_executor_needs_a_gpu_and_one_rank(
 ) -> None:
     with pytest.raises(PlanError, match=message):
         plan_for(real, engine_backend="executor", **request_)
+
+
+def test_reasons_of_lengths_name_the_model_s_own_end(real: ModelConfig) -> None:
+    short = {row.what: row.reason for row in plan_for(replace(real, max_position_embeddings=2048)).decisions}
+    assert short["max_seq_len"] == "the model's positions end at 2048"
+    assert "one is left for an answer" in short["max_input_len"]
+    usual = {row.what: row.reason for row in plan_for(real).decisions}
+    assert usual["max_seq_len"] == "room for an answer behind a prompt of 8192"

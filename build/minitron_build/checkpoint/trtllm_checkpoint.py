@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_build.checkpoint.weight_map import Mapping
+from minitron_build.checkpoint.weight_map import GPUS_PER_NODE, Mapping
 from minitron_build.errors import CheckpointError
 from minitron_build.source.model_config import ARCHITECTURE, ModelConfig, read_json_object
 
@@ -163,7 +163,7 @@ _NO_QUANTIZATION = {
 def _mapping_block(mapping: Mapping) -> dict[str, Any]:
     return {
         "world_size": mapping.world_size,
-        "gpus_per_node": 8,
+        "gpus_per_node": GPUS_PER_NODE,
         "cp_size": 1,
         "tp_size": mapping.tp_size,
         "pp_size": mapping.pp_size,

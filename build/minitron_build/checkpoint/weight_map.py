@@ -31,6 +31,9 @@ HF_SHAPES: dict[str, tuple[str, ...]] = {
 }
 """Every tensor of an HF checkpoint with its shape in attributes of ModelConfig; {} is the layer."""
 
+GPUS_PER_NODE = 8
+"""What a checkpoint's mapping says of a machine, TensorRT-LLM's default."""
+
 HF_DROPPED = (LAYER + "self_attn.rotary_emb.inv_freq",)
 """Tensors of old checkpoints that transformers ignores too: buffers that the config determines."""
 

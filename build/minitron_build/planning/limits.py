@@ -127,8 +127,7 @@ def _decide(
     )
     reasons = {
         "max_batch_size": batch[1],
-        "max_input_len": "the model's own context is 8k",
-        "max_seq_len": "room for an answer behind an 8k prompt",
+        **_length_reasons(config, input_len, seq_len),
         "max_num_tokens": step[1],
     }
     return limits, [
@@ -160,3 +159,14 @@ def _check_step(limits: Limits, *, has_chunked_context: bool, tokens_per_block: 
             todo=f"lower --max-input-len to {step}, raise --max-num-tokens, or leave "
             "--plugin use_paged_context_fmha=disable out",
         )
+
+
+def _length_reasons(config: ModelConfig, input_len: int, seq_len: int) -> dict[str, str]:
+    longest = config.max_position_embeddings
+    if seq_len >= longest:
+        end = f"the model's positions end at {longest}"
+        return {"max_input_len": f"{end}; one is left for an answer", "max_seq_len": end}
+    return {
+        "max_input_len": "the model was distilled on 8k contexts",
+        "max_seq_len": f"room for an answer behind a prompt of {input_len}",
+    }

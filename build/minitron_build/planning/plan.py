@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron_build import __version__
+from minitron_build.checkpoint.weight_map import GPUS_PER_NODE, check_mapping
 from minitron_build.checkpoint.weight_map import Mapping as RankMapping
-from minitron_build.checkpoint.weight_map import check_mapping
 from minitron_build.errors import PlanError
 from minitron_build.planning.fp8_plan import Fp8Plan, plan_fp8, unused_flags
 from minitron_build.planning.gpu_models import GpuModel, find_model, model_of, smallest_model
@@ -257,6 +257,7 @@ def _gpu_plan(
     output_dir: Path,
 ) -> BuildPlan:
     """A plan whose engine `trtllm-build` makes on the target's GPU."""
+    _check_world(model.mapping)
     sm = target.sm or 0
     plugin_target = PluginTarget(sm, model.precision, model.kv_cache_dtype, model.mapping.tp_size)
     plugins = decide_plugins(plugin_target, request.plugins)
@@ -314,6 +315,16 @@ def _decide_engine_backend(request: PlanRequest) -> Decision:
             todo="use --engine-backend cpp",
         )
     return Decision("engine_backend", name, ENGINE_BACKENDS[name])
+
+
+def _check_world(mapping: RankMapping) -> None:
+    """Ranks of one engine talk within one machine: that is what is served, and what config.json says."""
+    if mapping.world_size > GPUS_PER_NODE:
+        raise PlanError(
+            f"--tp-size {mapping.tp_size} and --pp-size {mapping.pp_size} make {mapping.world_size} ranks",
+            expected=f"at most {GPUS_PER_NODE}, the GPUs of one machine",
+            todo="serve more replicas instead: minitron deploy",
+        )
 
 
 def _planned_gpu(request: PlanRequest, sm: int, gpus: tuple[Gpu, ...]) -> tuple[GpuModel, str]:

@@ -43,6 +43,17 @@ class Inputs:
             )
         return array.reshape(-1)[row].item() if array.dtype != np.object_ else array.reshape(-1)[row]
 
+    def required(self, name: str, row: int) -> Any:
+        """The single value of a row of a tensor that every request must have.
+
+        Raises:
+            StatusError: it is absent, or holds more or less than one value per row.
+        """
+        value = self.scalar(name, row)
+        if value is None:
+            raise invalid(f"{name} is missing; every request must have it")
+        return value
+
     def row(self, name: str, row: int) -> Array | None:
         """One row of a tensor, without the batch dimension; None when absent or empty.
 

@@ -142,7 +142,7 @@ def _prompt_tensors(inputs: Inputs, row: int, encoder: PromptEncoder, ids: list[
     tensors: dict[str, Array] = {
         "input_ids": np.array([ids], dtype=np.int32),  # [1, prompt]
         "input_lengths": _value(len(ids), np.int32),
-        "request_output_len": _value(inputs.scalar("max_tokens", row), np.int32),
+        "request_output_len": _value(inputs.required("max_tokens", row), np.int32),
     }
     for name, (engine_name, dtype) in PASSED_ON.items():
         value = inputs.scalar(name, row)

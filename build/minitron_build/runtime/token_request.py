@@ -141,7 +141,7 @@ def _read_generation(inputs: Inputs, row: int, place: int, key: str, returns: Re
     return GenerationRequest(
         key=key,
         input_ids=_read_prompt(inputs, row),
-        max_tokens=inputs.scalar("request_output_len", row),
+        max_tokens=inputs.required("request_output_len", row),
         end_id=inputs.scalar("end_id", row),
         sampling=_read_sampling(inputs, row, place),
         stop_sequences=unpack(inputs.row("stop_words_list", row), "stop_words_list"),
@@ -157,7 +157,7 @@ def _read_prompt(inputs: Inputs, row: int) -> tuple[int, ...]:
     ids = inputs.row("input_ids", row)
     if ids is None:
         raise invalid("input_ids is missing or empty; expected the prompt's token ids")
-    length = inputs.scalar("input_lengths", row)
+    length = inputs.required("input_lengths", row)
     if not 1 <= length <= ids.size:
         raise invalid(
             f"input_lengths is {length} in row {row}; input_ids holds {ids.size}, expected 1 to {ids.size}"
