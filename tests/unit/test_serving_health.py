@@ -9,6 +9,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -18,7 +19,7 @@ from minitron_build.serving import watch as watching
 from minitron_build.serving.health_endpoint import Phase, ServeState, telling
 from minitron_build.serving.supervisor import FORGIVEN_AFTER_S, Care, RestartBudget
 from minitron_build.serving.token_probe import PROGRESS, engine_is_down, parse_series
-from minitron_build.serving.triton_server import TritonServer, free_ports
+from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 from minitron_build.serving.watch import TokenWatch, WatchSettings
 
 SERVER = cast(TritonServer, object())
@@ -161,3 +162,15 @@ class TestEndpoint:
     def test_no_port_tells_nobody(self) -> None:
         with telling(ServeState(), "127.0.0.1", None):
             pass
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
+def test_seconds_that_are_no_seconds_are_refused(number: float, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="--stall-timeout-s"):
+        WatchSettings(stall_timeout_s=number)
+    with pytest.raises(PlanError, match="--probe-interval-s"):
+        WatchSettings(probe_interval_s=number)
+    with pytest.raises(PlanError, match="--drain-timeout-s"):
+        ServerOptions(tmp_path, drain_timeout_s=number)
+    with pytest.raises(PlanError, match="--start-timeout-s"):
+        ServerOptions(tmp_path, start_timeout_s=number)

@@ -113,9 +113,9 @@ class ServerOptions:
             raise PlanError("--host is empty", expected="an address to listen on, such as 127.0.0.1")
         if ":" in self.host:  # Triton joins host and port with a colon
             raise PlanError(f"--host {self.host}", expected="an IPv4 address: Triton does not listen on IPv6")
-        if self.start_timeout_s <= 0:
+        if not 0 < self.start_timeout_s < math.inf:
             raise PlanError(f"--start-timeout-s {self.start_timeout_s:g}", expected="seconds above 0")
-        if self.drain_timeout_s < 0:
+        if not 0 <= self.drain_timeout_s < math.inf:
             raise PlanError(f"--drain-timeout-s {self.drain_timeout_s:g}", expected="seconds, 0 or more")
         if self.world_size < 1:
             raise PlanError(f"an engine of {self.world_size} ranks", expected="1 or more")

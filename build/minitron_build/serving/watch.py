@@ -7,6 +7,7 @@ knows nothing of processes and signals; what is done about trouble is serve.py's
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -38,11 +39,11 @@ class WatchSettings:
     probe_interval_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.stall_timeout_s < 0:
+        if not 0 <= self.stall_timeout_s < math.inf:
             raise PlanError(
                 f"--stall-timeout-s {self.stall_timeout_s:g}", expected="seconds; 0 does not watch"
             )
-        if self.probe_interval_s <= 0:
+        if not 0 < self.probe_interval_s < math.inf:
             raise PlanError(f"--probe-interval-s {self.probe_interval_s:g}", expected="seconds above 0")
         if 0 < self.stall_timeout_s <= self.probe_interval_s:
             raise PlanError(
