@@ -220,6 +220,10 @@ def test_verb_fails_with_one_line(fp8: Path, capsys: pytest.CaptureFixture[str])
         (["--against", "demo", "--gpu"], "no CUDA device"),
         (["--skip-source"], "a checkpoint alone has no tokenizer"),
         (["--skip-source", "--suggest"], "--skip-source with --suggest; leave one of the two out"),
+        (
+            ["--skip-source", "--skip", "repeat-prompt"],
+            "--skip-source with --skip repeat-prompt leaves nothing to check; leave one of the two out",
+        ),
         (["--url", "127.0.0.1:1", "--suggest"], "--suggest with --url; give the source too: --against"),
         (["--against", "demo", "--html", "/nowhere/report.html"], "/nowhere: no such folder"),
         (["--against", "demo", "--eval-samples", "0"], "num_samples is 0; expected 1 or more"),

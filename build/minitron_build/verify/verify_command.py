@@ -23,7 +23,7 @@ from minitron_build.verify.eval_data import (
     read_eval_set,
 )
 from minitron_build.verify.models import Arithmetic, open_reference
-from minitron_build.verify.result import PARTS, VerifyResult
+from minitron_build.verify.result import PARTS, REPEAT, VerifyResult
 from minitron_build.verify.target import GIVE_SOURCE, Target
 from minitron_build.verify.thresholds import FP8, add_threshold_flags, given_thresholds
 
@@ -197,6 +197,10 @@ def _check_together(args: argparse.Namespace) -> None:
     for flag in ("against", "suggest", "url"):
         if args.skip_source and getattr(args, flag):
             raise RefusedError(f"--skip-source with --{flag}", todo="leave one of the two out")
+    if args.skip_source and REPEAT in args.skip:
+        raise RefusedError(
+            f"--skip-source with --skip {REPEAT} leaves nothing to check", todo="leave one of the two out"
+        )
     if args.url is not None and args.suggest and args.against is None:
         raise RefusedError("--suggest with --url", todo="give the source too: --against DIR|HF_ID|demo")
 
