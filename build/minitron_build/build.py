@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(plan.lines()), file=sys.stderr)
     missing = check_build(plan, args.output_dir, args.stop_after, container=args.container, force=args.force)
     if args.stop_after == "bundle":  # told now, not after hours
-        _ = HfCheckpoint.open(source.hf_dir).tokenizer_files
+        _check_tokenizer(HfCheckpoint.open(source.hf_dir))
     if args.stop_after == "checkpoint":
         checkpoint = build_checkpoint(plan, source, args.output_dir, force=args.force, verify=verify)
         print(json.dumps({"checkpoint": str(checkpoint.path), "files": sorted(checkpoint.files)}))
@@ -221,6 +221,14 @@ def build_bundle(
         build_engine_stage(plan, source, output_dir, force=force, container=container, verify=verify)
     checkpoint = build_checkpoint(plan, source, output_dir, force=force and plan.sm is None, verify=verify)
     return write_bundle(plan, source, checkpoint, output_dir, keep_checkpoint=keep_checkpoint)
+
+
+def _check_tokenizer(hf: HfCheckpoint) -> None:
+    """The tokenizer is there, loads as it will when served, and fits the model."""
+    from minitron_build.source.hf_tokenizer import check_tokenizer
+
+    _ = hf.tokenizer_files
+    check_tokenizer(hf.path, hf.config.vocab_size)
 
 
 def _print_plan(checkpoint: str, revision: str | None, request: PlanRequest, output_dir: Path) -> int:

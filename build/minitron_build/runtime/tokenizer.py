@@ -44,6 +44,19 @@ class TextTokenizer:
         """Number of ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def last_token(self) -> tuple[int, str]:
+        """The largest id it can make and its text, whoever makes it: vocabulary, added tokens or BOS."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        around = self._tokenizer.encode("", add_special_tokens=True)
+        return max(
+            (
+                *((token_id, token) for token, token_id in vocabulary.items()),
+                *zip(around.ids, around.tokens, strict=True),
+            ),
+            default=(-1, ""),
+        )
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with special tokens, the post-processor's own (BOS first) are added."""
         if len(text) < LONG_TEXT_CHARS:

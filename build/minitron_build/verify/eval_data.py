@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_build.calibration.samples import check_ids, file_samples, folder_samples, sha256_of_files
-from minitron_build.errors import CheckpointError, RefusedError
+from minitron_build.errors import RefusedError
 
 if TYPE_CHECKING:
     from minitron_build.runtime.tokenizer import TextTokenizer
@@ -59,20 +59,6 @@ class EvalSet:
         ids = [one for sequence in self.sequences for one in sequence]
         repeats = -(-num_tokens // len(ids))
         return tuple((ids * repeats)[:num_tokens])
-
-
-def open_tokenizer(tokenizer_dir: Path) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder or of a bundle.
-
-    Raises:
-        CheckpointError: none, or not one of this family.
-    """
-    from minitron_build.runtime.tokenizer import TextTokenizer, TokenizerFileError
-
-    try:
-        return TextTokenizer(tokenizer_dir)
-    except TokenizerFileError as error:
-        raise CheckpointError(str(error), todo="fetch tokenizer.json with the checkpoint") from None
 
 
 def read_eval_set(

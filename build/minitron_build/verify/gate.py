@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_build.errors import RefusedError
+from minitron_build.source.hf_tokenizer import open_tokenizer
 from minitron_build.verify.eval_data import (
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
     EvalSet,
-    open_tokenizer,
     read_eval_set,
 )
 from minitron_build.verify.golden_prompts import (

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_build.errors import GateError, MachineError, RefusedError
+from minitron_build.source.hf_tokenizer import open_tokenizer
 from minitron_build.verify.eval_data import (
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
     EvalSet,
-    open_tokenizer,
     read_eval_set,
 )
 from minitron_build.verify.models import Arithmetic, open_reference
