@@ -79,7 +79,8 @@ class GpuMachine:
         self.monkeypatch.setenv("PYTHONPATH", str(self.site_dir))
         self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.root / "cache"))
         self.monkeypatch.setenv("STAND_IN_NOTE", str(self.root / "tool_calls"))
-        for name in ("CUDA_VISIBLE_DEVICES", "STAND_IN_FAULT", "STAND_IN_SM", "STAND_IN_DOCKER_FAULT"):
+        faults = ("STAND_IN_FAULT", "STAND_IN_SM", "STAND_IN_DOCKER_FAULT")
+        for name in ("CUDA_VISIBLE_DEVICES", "CUDA_VERSION", *faults):
             self.monkeypatch.delenv(name, raising=False)
 
     def add_gpus(self, *gpus: tuple[str, str, int, int], driver: str = "590.44.01") -> None:
@@ -92,14 +93,16 @@ class GpuMachine:
         self._write("nvidia-smi", _NVIDIA_SMI.format(python=sys.executable, rows=rows))
         self.monkeypatch.setenv("STAND_IN_SM", gpus[0][1].replace(".", ""))
 
-    def add_tool(self, tensorrt_llm: str | None = "1.2.1", tensorrt: str = "10.14.1.48") -> None:
-        """The stand-in trtllm-build in a Python that has, or lacks, TensorRT-LLM's metadata."""
+    def add_tool(
+        self, tensorrt_llm: str | None = "1.2.1", tensorrt: str = "10.14.1.48", cuda: str | None = None
+    ) -> None:
+        """The stand-in trtllm-build in a Python that has, or lacks, TensorRT-LLM's metadata and CUDA's."""
         self._write("trtllm-build", _TOOL.format(python=sys.executable, stand_in=str(STAND_IN)))
         if tensorrt_llm:
-            for name, version in (("tensorrt_llm", tensorrt_llm), ("tensorrt", tensorrt)):
-                info = self.site_dir / f"{name}-{version}.dist-info"
-                info.mkdir()
-                (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            self._add_package("tensorrt_llm", tensorrt_llm)
+            self._add_package("tensorrt", tensorrt)
+        if cuda:
+            self._add_package("nvidia_cuda_runtime", cuda)
 
     def add_docker(self) -> None:
         """A docker whose containers are the stand-in with its mounts undone."""
@@ -114,6 +117,11 @@ class GpuMachine:
     def docker_calls(self) -> list[list[str]]:
         """How docker was called, call by call."""
         return _lines(self.root / "docker_calls")
+
+    def _add_package(self, name: str, version: str) -> None:
+        info = self.site_dir / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
     def _write(self, name: str, text: str) -> None:
         path = self.bin_dir / name

@@ -191,6 +191,7 @@ def build_engine_stage(
         container=container,
         force=force,
         gpu=gpus[0].gpu.name if gpus else None,
+        driver=gpus[0].driver if gpus else None,
         on_line=lambda line: print(line, file=sys.stderr),
     )
     for difference in engine.differences(plan):

@@ -122,6 +122,7 @@ def test_without_a_gpu_all_but_the_engine_is_done(
     subprocess.run(argv, check=True, cwd=machine.root, capture_output=True)
     assert build(bundle) == 0, capsys.readouterr().err
     assert names_in(bundle) == {"manifest.json", "model_repo"}
+    assert not {"driver", "cuda"} & without_plan(bundle)["versions"].keys()
 
 
 def test_a_machine_that_contradicts_the_plan_is_refused_before_any_work(
@@ -132,3 +133,44 @@ def test_a_machine_that_contradicts_the_plan_is_refused_before_any_work(
     assert build(tmp_path / "bundle") == 1
     assert "NVIDIA A100 is SM 80 (ampere); expected SM 90" in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+def without_plan(bundle: Path) -> dict[str, Any]:
+    """The manifest but the plan, whose versions are those that were pinned."""
+    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    return {name: part for name, part in manifest.items() if name != "plan"}
+
+
+@pytest.mark.parametrize(
+    ("package", "environ", "cuda"),
+    [("13.0.96", "13.1.0.036", "13.0.96"), (None, "13.1.0.036", "13.1.0.036"), (None, None, None)],
+)
+def test_the_manifest_names_the_driver_and_cuda_of_the_machine_that_built(
+    package: str | None, environ: str | None, cuda: str | None, machine: GpuMachine, tmp_path: Path
+) -> None:
+    """What nothing here tells is left out: a pin is what should have been there, not what was."""
+    machine.add_gpus(H100, driver="580.65.06")
+    machine.add_tool(cuda=package)
+    if environ:
+        machine.monkeypatch.setenv("CUDA_VERSION", environ)
+    assert build(tmp_path / "bundle") == 0
+    manifest = without_plan(tmp_path / "bundle")
+    versions = manifest["versions"]
+    assert {"toolkit", "tensorrt_llm", "tensorrt", "torch", "python"} <= versions.keys()
+    assert (versions["driver"], versions.get("cuda")) == ("580.65.06", cuda)
+    assert manifest["gpu"] == {"name": H100[0], "sm": 90}
+    assert "590.44.01" not in json.dumps(manifest)
+    record = json.loads((tmp_path / "bundle/model_repo/tensorrt_llm/1/engine.json").read_text())
+    assert (record["versions"]["driver"], record["versions"].get("cuda")) == ("580.65.06", cuda)
+
+
+def test_a_container_build_names_the_driver_and_leaves_out_the_cuda_it_cannot_see(
+    machine: GpuMachine, tmp_path: Path
+) -> None:
+    machine.add_gpus(H100, driver="580.65.06")
+    machine.add_docker()
+    machine.monkeypatch.setenv("CUDA_VERSION", "12.9.1")  # of this machine, not of the image
+    assert build(tmp_path / "bundle", "--container") == 0
+    versions = without_plan(tmp_path / "bundle")["versions"]
+    assert versions["driver"] == "580.65.06"
+    assert "cuda" not in versions

@@ -51,7 +51,11 @@ PROMISED = (
     *("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"),
 )
 """What an engine must have as planned; of other fields `EngineConfig.differences` is only a report."""
-_PROBE = "import sys; from importlib.metadata import version; [print(version(n)) for n in sys.argv[1:]]"
+CUDA_PACKAGE = "nvidia-cuda-runtime"
+_PROBE = (
+    "import sys; from importlib.metadata import distributions; "
+    "[print(name, found.version) for name in sys.argv[1:] for found in distributions(name=name)]"
+)
 _POST_RELEASE = re.compile(r"\.post\d+$")
 CHECKPOINT_MOUNT, WORK_MOUNT = "/checkpoint", "/work"
 CONTAINER_FLAGS = (
@@ -68,7 +72,8 @@ class BuildTool:
     """A `trtllm-build` on this machine, with the versions of its own Python environment.
 
     Attributes:
-        versions: tensorrt_llm and tensorrt; empty where its environment does not tell.
+        versions: tensorrt_llm, tensorrt and, where it is known, cuda; empty where its environment does not
+            tell the first two.
     """
 
     path: Path
@@ -114,6 +119,7 @@ def build_engine(
     container: bool = False,
     force: bool = False,
     gpu: str | None = None,
+    driver: str | None = None,
     on_line: OnLine | None = None,
 ) -> EngineConfig:
     """Build the engine of a plan, or take the one that stands there already.
@@ -124,6 +130,7 @@ def build_engine(
         container: build inside the plan's container with Docker.
         force: replace an engine of another plan.
         gpu: name of the GPU it is built on, for the record.
+        driver: version of that GPU's driver, for the record.
         on_line: called with each line of output.
 
     Raises:
@@ -147,7 +154,8 @@ def build_engine(
         if outcome.returncode:
             raise explain_failure(outcome, program=PROGRAM, memory_note=_memory_note())
         config = _read_result(plan, work_dir / ENGINE_NAME)
-        record = _record(plan, checkpoint_dir, work_dir / ENGINE_NAME, job.versions, image=job.image, gpu=gpu)
+        versions = {**job.versions, **({"driver": driver} if driver else {})}
+        record = _record(plan, checkpoint_dir, work_dir / ENGINE_NAME, versions, image=job.image, gpu=gpu)
         write_durably(work_dir / ENGINE_NAME / RECORD_NAME, record.dump())
         not_kept = cache.keep(work_dir)
         if not_kept:
@@ -226,15 +234,21 @@ def _probe_versions(path: Path) -> Iterator[tuple[str, str]]:
         first = file.readline(1024)
     if not first.startswith(b"#!"):
         return
-    probe = [*shlex.split(first[2:].decode(errors="replace")), "-c", _PROBE, *PACKAGES]
+    probe = [*shlex.split(first[2:].decode(errors="replace")), "-c", _PROBE, *PACKAGES, CUDA_PACKAGE]
     try:
         answer = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=PROBE_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return  # a Python that does not start tells nothing
-    if answer.returncode == 0:
-        for package, version in zip(PACKAGES, answer.stdout.split(), strict=True):
+    # The first on a Python's path is the one it imports.
+    told = dict(line.split(" ", 1) for line in reversed(answer.stdout.splitlines()) if " " in line)
+    if answer.returncode == 0 and told.keys() >= set(PACKAGES):
+        for package in PACKAGES:
             # pip's TensorRT is 10.14.1.48.post1: the same libraries, published again.
-            yield package, _POST_RELEASE.sub("", version)
+            yield package, _POST_RELEASE.sub("", told[package])
+        # NVIDIA's images hold CUDA outside Python and name it in the environment.
+        cuda = told.get(CUDA_PACKAGE) or os.environ.get("CUDA_VERSION")
+        if cuda:
+            yield "cuda", cuda
 
 
 def _local_job(plan: BuildPlan, checkpoint_dir: Path, work_dir: Path, extra: tuple[str, ...]) -> _Job:

@@ -35,7 +35,7 @@ class EngineRecord:
         plan_digest: of checkpoint, command line, SM and versions; equal digests mean equal engines.
         sm: compute capability x 10 it was built for.
         gpu: name of the GPU it was built on; None when it was built elsewhere and brought here.
-        versions: tensorrt_llm, tensorrt and, where known, driver.
+        versions: tensorrt_llm, tensorrt and, where the machine that built it told them, cuda and driver.
         container: image it was built in, None for a build on the machine itself.
         argv: the command line, with `checkpoint` and `engine` for the folders.
         files: digest of every other file of the engine directory.
