@@ -96,6 +96,10 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "truth is no id": ("own.json", "[[true, false]]", "sample 0: .*expected a list of token ids"),
     "broken": ("own.json", "[[1, 2", "not JSON"),
     "broken line": ("own.jsonl", '{"text": "x"}\n{"te', "own.jsonl line 2: not JSON"),
+    "nested": ("own.json", "[" * 100_000, "own.json: not JSON: nested too deeply"),
+    "nested line": ("own.jsonl", "[" * 100_000, "own.jsonl line 1: not JSON: nested too deeply"),
+    "nested in a sample": ("own.json", "[" * 500 + "]" * 500, "sample 0: .*expected a list of token ids"),
+    "digits": ("own.json", f"[[{'7' * 5000}]]", "own.json: not JSON: a number of too many digits"),
     "no field": ("own.jsonl", '{"prompt": "x"}', "own.jsonl line 1: .*expected .*text.* or .*input_ids"),
     "outside": (
         "own.json",
@@ -116,6 +120,22 @@ def test_refused(tiny_minitron: Path, tmp_path: Path, case: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         read(path, tiny_minitron)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("own.txt", "The river rose in the night.\n\n" * 60),
+        ("own.jsonl", json.dumps({"input_ids": [1] * 20}) + "\n"),
+        ("own.json", json.dumps([[1] * 20])),
+    ],
+)
+def test_byte_order_mark_is_no_text(tiny_minitron: Path, tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    plain = read(path, tiny_minitron).samples
+    path.write_text(content, encoding="utf-8-sig")
+    assert read(path, tiny_minitron).samples == plain
 
 
 def test_missing_and_foreign_files(tiny_minitron: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,7 +204,7 @@ def _read_text(path: Path) -> str:
                 where=str(path),
                 todo="a few hundred samples are enough",
             )
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a BOM in front
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CheckpointError(f"{what}", where=str(path), todo="give a file of samples") from None
@@ -245,13 +246,17 @@ def _json_samples(path: Path) -> Iterator[Sequence[int]]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError:
+        raise CheckpointError("not JSON: nested too deeply", where=where) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"not JSON: {error}", where=where) from None
+    except ValueError:  # Python's own bound on the digits of an integer
+        raise CheckpointError("not JSON: a number of too many digits", where=where) from None
 
 
 def _id_list(value: Any, where: str) -> list[int]:
     if not isinstance(value, list) or any(type(token) is not int for token in value):
-        raise CheckpointError(f"{str(value)[:40]!r}", expected="a list of token ids", where=where)
+        raise CheckpointError(f"{reprlib.repr(value)[:40]!r}", expected="a list of token ids", where=where)
     return value
 
 
