@@ -58,6 +58,7 @@ def test_source_and_server_in_one_go(
     assert {"perplexity_rise", "golden_gap", "served_agreement"} <= set(result["checks"])
     assert not {"long_prompt_kl", "served_long_prompt", "served_repeat"} & set(result["checks"])
     assert result["served"]["answers"]
+    assert result["quality_judged"] is True
 
 
 def test_another_model_behind_the_url_is_found_out(
@@ -74,6 +75,7 @@ def test_another_model_behind_the_url_is_found_out(
     status, result, message = verify(capsys, str(other), "--url", running_server.grpc_url, *FEW)
     assert status == 1
     assert not result["checks"]["served_agreement"]["passed"]
+    assert result["quality_judged"] is False, "held against the checkpoint, not against its source"
     assert "build the engine again from this checkpoint" in message
     assert "max_input_len is 1024" in result["skipped"]["long-prompt"]  # a checkpoint tells no limits
 

@@ -189,6 +189,7 @@ def test_verb_prints_a_table_and_json_and_writes_reports(
     result = json.loads(lines[-1])
     assert result == json.loads(saved.read_text())
     assert result["passed"] is True
+    assert result["quality_judged"] is True
     assert result["suggestions"]["flags"][::2] == ["--fp8-exclude"] * (
         len(result["suggestions"]["flags"]) // 2
     )

@@ -20,6 +20,7 @@ from minitron_build.errors import CheckpointError, MachineError, RefusedError
 from minitron_build.planning.request import PlanRequest
 from minitron_build.source.hub import Source, resolve_checkpoint
 from minitron_build.verify import target
+from minitron_build.verify.result import NOT_JUDGED
 from minitron_build.verify.target import Target
 
 EditJson = Callable[[Path, dict[str, Any]], None]
@@ -109,10 +110,16 @@ def test_another_source_is_said_out_loud(
     assert "not the source it was made from: config.json" in capsys.readouterr().err
 
 
-def test_without_source_only_what_needs_none(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_source_only_what_needs_none(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--skip-source", "--eval-samples", "4", "--eval-seq-len", "96"]
-    assert main(["verify", str(bundle), *flags]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["verify", str(bundle), *flags, "--html", str(tmp_path / "report.html")]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["quality_judged"] is False, "a broken scale passes what was checked"
+    assert f"  {NOT_JUDGED}" in lines
+    assert NOT_JUDGED in (tmp_path / "report.html").read_text()
     assert set(result["checks"]) == {"repeat_difference"}
     assert result["source"] is None
     assert 1 < result["eval"]["candidate_perplexity"] < 10_000

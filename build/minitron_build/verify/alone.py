@@ -55,7 +55,8 @@ def verify_alone(
     }
     checks = (Thresholds(FP8, thresholds).check("repeat_difference", difference),)
     note = f"perplexity {found:.4g} on the held-out text, held against nothing"
-    return VerifyResult(str(path), None, checks, facts, dict.fromkeys(NEED_SOURCE, NO_SOURCE), (note,))
+    skipped = dict.fromkeys(NEED_SOURCE, NO_SOURCE)
+    return VerifyResult(str(path), None, checks, facts, skipped, (note,), quality_judged=False)
 
 
 def _nll(head: OutputHead, ids: Ids, rows: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_build.verify.result import VerifyResult
+from minitron_build.verify.result import NOT_JUDGED, VerifyResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +27,13 @@ def write_html(path: Path, result: VerifyResult) -> None:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     facts = {"golden_prompts": None, "suggestions": None, **result.facts}
-    shown = VerifyResult(result.candidate, result.source, result.checks, facts, result.skipped)
-    text = template.render(result=shown, plots=list(_plots(result.facts)), facts=list(_flat(result.facts)))
+    shown = replace(result, facts=facts)
+    text = template.render(
+        result=shown,
+        not_judged=NOT_JUDGED,
+        plots=list(_plots(result.facts)),
+        facts=list(_flat(result.facts)),
+    )
     path.write_text(text, encoding="utf-8")
 
 

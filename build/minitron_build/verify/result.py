@@ -17,6 +17,7 @@ RESULT_SCHEMA = 1
 GOLDEN, LONG, REPEAT = "golden-prompts", "long-prompt", "repeat-prompt"
 PARTS = (GOLDEN, LONG, REPEAT)
 """What can be left out; perplexity and layer errors cannot."""
+NOT_JUDGED = "quality NOT judged: nothing was held against the source, --against DIR|HF_ID|demo does that"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class VerifyResult:
         facts: what was measured beside them, in the order it is shown (perplexities, tokens, digests, …).
         skipped: what was not measured, each with its reason.
         notes: further lines for people.
+        quality_judged: whether the checks hold the candidate against its source. Where they do not, even a
+            broken scale passes them.
     """
 
     candidate: str
@@ -38,6 +41,7 @@ class VerifyResult:
     facts: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quality_judged: bool = True
 
     @property
     def passed(self) -> bool:
@@ -63,6 +67,7 @@ class VerifyResult:
             "candidate": self.candidate,
             "source": self.source,
             "passed": self.passed,
+            "quality_judged": self.quality_judged,
             "checks": {check.name: check.as_dict() for check in self.checks},
             "skipped": dict(self.skipped),
             **_json_value(self.facts),
@@ -76,6 +81,8 @@ class VerifyResult:
             verdict = "ok" if check.passed else "FAILED"
             found = check.rule.show(check.found)
             yield f"  {check.rule.title:<{width}}  {found:>14}  {check.bound:<20}  {verdict}"
+        if not self.quality_judged:
+            yield f"  {NOT_JUDGED}"
         yield from (f"  not measured: {what} ({why})" for what, why in self.skipped.items())
         yield from (f"  {note}" for note in self.notes)
 
@@ -88,6 +95,7 @@ class VerifyResult:
             {**self.facts, name: other.facts},
             {**self.skipped, **other.skipped},
             self.notes + other.notes,
+            self.quality_judged or other.quality_judged,
         )
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,7 +157,7 @@ def _against_server(args: argparse.Namespace, target: Target, progress: Progress
         thresholds=given_thresholds(args),
         skipped=_skipped(args),
     )
-    return verify_served(request, progress)
+    return replace(verify_served(request, progress), quality_judged=reference_dir == source_dir)
 
 
 def _eval_set(args: argparse.Namespace, model: Runner, tokenizer: TextTokenizer) -> EvalSet:
