@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,19 @@ def test_refusals(
     out.mkdir()
     (out / "thesis.tex").write_text("x")
     assert "not a checkpoint of this toolkit" in refused(tiny_minitron, out, *flags)
+
+
+def test_bf16_holds_no_calibration(
+    tiny_minitron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", "--arch", "cpu", "--precision", "bf16", "--checkpoint", str(tiny_minitron)]
+    assert main([*command, "--output-dir", str(tmp_path / "bundle")]) == 0
+    out = tmp_path / "out"
+    for folder in (tmp_path / "bundle", tmp_path / "bundle" / "checkpoint"):
+        assert export(tiny_minitron, out, "--calibration", str(folder)) == 1
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert f"{folder}: bf16, which holds no calibration; expected an FP8 checkpoint" in message
+    shutil.rmtree(tmp_path / "bundle" / "checkpoint")  # as a bundle for a GPU, which keeps none
+    assert export(tiny_minitron, out, "--calibration", str(tmp_path / "bundle")) == 1
+    assert "bf16, which holds no calibration" in capsys.readouterr().err
+    assert not out.exists()

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from minitron_build.bundle.bundle import Bundle, check_not_in_bundle
+from minitron_build.bundle.manifest import MANIFEST_NAME
 from minitron_build.calibration.amax import CALIBRATION_NAME, Calibration
 from minitron_build.calibration.samples import (
     DEFAULT_SEQ_LEN,
@@ -19,10 +22,10 @@ from minitron_build.calibration.samples import (
     read_calibration_set,
 )
 from minitron_build.checkpoint.fp8_stage import calibration_bar
-from minitron_build.errors import PlanError
+from minitron_build.errors import CheckpointError, PlanError
 from minitron_build.planning.plan_flags import add_calibration_flags
 from minitron_build.source.hub import DEFAULT_CHECKPOINT, resolve_checkpoint
-from minitron_build.source.model_config import ModelConfig
+from minitron_build.source.model_config import ModelConfig, read_json_object
 
 if TYPE_CHECKING:
     from minitron_build.source.hub import Source
@@ -47,7 +50,6 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export; the last line of stdout is JSON."""
-    from minitron_build.bundle.bundle import check_not_in_bundle
     from minitron_build.checkpoint.export_hf import export_hf_checkpoint
     from minitron_build.checkpoint.fp8_folder import Fp8Choice
 
@@ -85,5 +87,27 @@ def _calibration(args: argparse.Namespace, source: Source) -> CalibrationSet | C
         flag = "--" + given[0].replace("_", "-")
         raise PlanError(f"{flag} with --calibration", todo="leave one of them out")
     folders = (args.calibration, args.calibration / "checkpoint")
-    folder = next((path for path in folders if (path / CALIBRATION_NAME).is_file()), args.calibration)
+    folder = next((path for path in folders if (path / CALIBRATION_NAME).is_file()), None)
+    if folder is None:
+        raise _no_calibration(args.calibration, folders)
     return Calibration.read(folder / CALIBRATION_NAME)
+
+
+def _no_calibration(given: Path, folders: tuple[Path, ...]) -> CheckpointError:
+    """Why a folder has none: it is bf16, or it is no checkpoint or bundle that keeps one."""
+    configs = [path / "config.json" for path in folders]
+    is_bf16 = any(_is_bf16(read_json_object(path)) for path in configs if path.is_file())
+    if (given / MANIFEST_NAME).is_file():
+        is_bf16 = is_bf16 or Bundle.load(given).manifest.plan.get("precision") == "bf16"
+    return CheckpointError(
+        "bf16, which holds no calibration" if is_bf16 else f"{CALIBRATION_NAME} is missing",
+        expected="an FP8 checkpoint, or an FP8 bundle that keeps its checkpoint",
+        where=str(given),
+        todo="leave --calibration out to calibrate here",
+    )
+
+
+def _is_bf16(config: Mapping[str, Any]) -> bool:
+    """Whether a TensorRT-LLM checkpoint's config.json names no quantization."""
+    quantization = config.get("quantization") or {}
+    return "architecture" in config and quantization.get("quant_algo") is None
