@@ -47,7 +47,7 @@ class Batch:
         on_progress: called after each item, never twice at once.
 
     Raises:
-        InvalidValueError: concurrency is not a positive integer.
+        InvalidValueError: concurrency is not a positive integer, or the prompts are no list.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class Batch:
             raise InvalidValueError(f"concurrency must be an integer from 1, got {concurrency!r}")
         if isinstance(prompts, str):
             raise InvalidValueError("prompts must be a list of prompts, got one string; use generate()")
+        if not isinstance(prompts, Iterable):
+            raise InvalidValueError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
         self._items = [_item(prompt, sampling) for prompt in prompts]
         self._results: list[Completion | MinitronClientError | None] = [None] * len(self._items)
         self._on_progress = on_progress

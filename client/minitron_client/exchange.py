@@ -30,7 +30,7 @@ from minitron_client.retries import RetryPolicy
 from minitron_client.sampling import SamplingParams
 from minitron_client.settings import ClientSettings, checked_headers, checked_seconds
 from minitron_client.tensors import InferRequest, InferResponse, ModelMetadata
-from minitron_client.text_request import text_request
+from minitron_client.text_request import check_prompt, text_request
 from minitron_client.text_response import CompletionBuilder
 from minitron_client.tokenizer import Tokenizer, TokenRules
 from minitron_client.vocabulary import vocabulary_of
@@ -72,6 +72,11 @@ class Exchange:
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        check_prompt(prompt)
+        if request_id is not None and not isinstance(request_id, str):
+            raise InvalidValueError(
+                f"request_id must be a string, got {request_id!r}; leave it out for a new one"
+            )
         self.request_id = request_id or uuid.uuid4().hex
         self.url = ""
         self.error: MinitronClientError | None = None
@@ -249,12 +254,17 @@ def chosen_sampling(sampling: SamplingParams | None, options: dict[str, object])
     """Sampling options as a value, however they were given.
 
     Raises:
-        InvalidValueError: both ways at once, an unknown name, or a value that is refused.
+        InvalidValueError: both ways at once, another type, an unknown name, or a value that is refused.
     """
     if sampling is None:
         return SamplingParams.of(options)
     if options:
         raise InvalidValueError(f"give sampling= or {', '.join(sorted(options))}=, not both")
+    if not isinstance(sampling, SamplingParams):
+        raise InvalidValueError(
+            f"sampling must be SamplingParams, got {type(sampling).__name__}; "
+            "give SamplingParams(...), or the options by name"
+        )
     return sampling
 
 
@@ -262,7 +272,7 @@ def call_headers(
     settings: ClientSettings, headers: Mapping[str, str] | None = None
 ) -> tuple[tuple[str, str], ...]:
     """The client's headers, the call's own, and the trace that is active, if any."""
-    own = checked_headers(headers) if headers else {}
+    own = checked_headers(headers) if headers is not None else {}
     return tuple({**settings.headers, **_trace_context(), **own}.items())
 
 

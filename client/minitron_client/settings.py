@@ -9,9 +9,10 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from minitron_client.errors import InvalidValueError
 
@@ -105,6 +106,10 @@ class ClientSettings:
     def __post_init__(self) -> None:
         for url in self.urls:
             check_url(url)
+        if self.tls is not None and not isinstance(self.tls, TlsConfig):
+            raise InvalidValueError(
+                f"tls must be TlsConfig, got {type(self.tls).__name__}; give TlsConfig(...)"
+            )
         if not isinstance(self.model, str) or not self.model:
             raise InvalidValueError(f"model must be the name of a model, got {self.model!r}")
         for name in ("timeout_s", "connect_timeout_s"):
@@ -138,7 +143,7 @@ class ClientSettings:
         return cls(
             urls=_urls(url),
             tls=tls if tls is not None else TlsConfig.from_environment(),
-            headers={**own, **(headers or {})},
+            headers={**own, **(checked_headers(headers) if headers is not None else {})},
             log_prompts=_flag(LOG_PROMPTS_VARIABLE),
             **given,  # type: ignore[arg-type]  # __post_init__ checks each value's kind
         )
@@ -175,6 +180,8 @@ def checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     Raises:
         InvalidValueError: a name or value cannot be sent, or must not be.
     """
+    if not isinstance(headers, Mapping):
+        raise InvalidValueError(f"headers must be a dict of names and values, got {type(headers).__name__}")
     checked: dict[str, str] = {}
     for given, value in headers.items():
         name = given.lower() if isinstance(given, str) else ""
@@ -190,10 +197,12 @@ def checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 def _urls(url: str | Sequence[str] | None) -> tuple[str, ...]:
     given = url if url is not None else os.environ.get(URL_VARIABLE) or DEFAULT_URL
+    if isinstance(cast("object", given), (bytes, bytearray)) or not isinstance(given, Iterable):
+        raise InvalidValueError(f"url must be HOST:PORT or a list of them, got {given!r}")
     urls = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
     if not urls:
         raise InvalidValueError("url is an empty list; give at least one HOST:PORT")
-    return tuple(dict.fromkeys(urls))
+    return tuple(dict.fromkeys(check_url(one) for one in urls))
 
 
 def _flag(variable: str) -> bool:

@@ -71,6 +71,18 @@ def text_request(
     )
 
 
+def check_prompt(prompt: object) -> None:
+    """Refuse what no model takes for a prompt; what this model takes is known with its metadata.
+
+    Raises:
+        InvalidValueError: neither a string nor a sequence.
+    """
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
+        raise InvalidValueError(
+            f"prompt must be a string or a list of token ids, got {type(prompt).__name__}"
+        )
+
+
 def stop_request(metadata: ModelMetadata, request_id: str) -> InferRequest | None:
     """The request that stops the running one of the same id; None where the model lists no `stop`.
 

@@ -7,9 +7,10 @@ makes no call.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 from minitron_client.errors import InvalidValueError, ProtocolError, UnsupportedError
 from minitron_client.tensors import InferRequest, InferResponse, ModelMetadata, Tensor
@@ -92,8 +93,10 @@ class Tokenizer:
         """The ids that the server makes of a prompt, BOS first where it does so.
 
         Raises:
-            InvalidValueError: the text is not valid Unicode.
+            InvalidValueError: it is no text, or not valid Unicode.
         """
+        if not isinstance(text, str):
+            raise InvalidValueError(f"the text must be a string, got {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -103,9 +106,26 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=self.rules.add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD."""
-        ids, skips = [int(one) for one in token_ids], self.rules.skip_special_tokens
+        """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            InvalidValueError: they are no token ids, or one is not in the vocabulary.
+        """
+        ids, skips = [self._known_id(one) for one in _listed(token_ids)], self.rules.skip_special_tokens
         return str(self._backend.decode(ids, skip_special_tokens=skips))
+
+    def _known_id(self, value: SupportsIndex) -> int:
+        """The id as a plain integer; the library drops an id that it does not know without a word."""
+        try:
+            token_id = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            token_id = -1
+        if token_id < 0:
+            raise InvalidValueError(f"token_ids must hold token ids, integers from 0, got {value!r}")
+        if token_id >= 2**32 or self._backend.id_to_token(token_id) is None:
+            size = self._backend.get_vocab_size(with_added_tokens=True)
+            raise InvalidValueError(f"token id {token_id} is not in the vocabulary of {size} tokens")
+        return token_id
 
     def stream(self) -> TokenTextStream:
         """Text of tokens that come one after another."""
@@ -135,6 +155,12 @@ class TokenTextStream:
         """What the end of the sequence leaves: U+FFFD for a character that was never completed."""
         whole = str(self._backend.decode(self._ids, skip_special_tokens=self._skips))
         return whole[self._num_sent :]
+
+
+def _listed(token_ids: Iterable[SupportsIndex]) -> list[SupportsIndex]:
+    if isinstance(token_ids, (str, bytes, bytearray)) or not isinstance(token_ids, Iterable):
+        raise InvalidValueError(f"token_ids must be a list of token ids, got {token_ids!r}")
+    return list(token_ids)
 
 
 def tokenizer_request(metadata: ModelMetadata) -> InferRequest:

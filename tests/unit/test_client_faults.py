@@ -36,6 +36,7 @@ from minitron_client import (
     Completion,
     DeadlineError,
     InvalidRequestError,
+    InvalidValueError,
     MinitronClient,
     MinitronClientError,
     OverloadedError,
@@ -435,6 +436,16 @@ def test_a_batch_is_in_order_with_an_error_for_each_that_failed(fake: FakeTriton
     limits = {max_tokens_of(request) for request in fake.requests}
     assert limits == {3, 9}
     assert client.generate_batch([]) == []
+
+
+def test_a_prompt_of_a_batch_that_is_none_is_an_error_in_its_place(fake: FakeTriton, client: Any) -> None:
+    fake.script = echo
+    first, second, third, pair = client.generate_batch(["a", None, "b", (7, SamplingParams())])
+    assert (first.text, third.text) == ("A", "B")
+    assert isinstance(second, InvalidValueError)
+    assert "prompt must be a string or a list of token ids, got NoneType" in str(second)
+    assert isinstance(pair, InvalidValueError)
+    assert len(fake.requests) == 2
 
 
 def max_tokens_of(request: Any) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fake_triton import AwaitedClient
 from minitron_client import AsyncMinitronClient, InvalidValueError, MinitronClient, TlsConfig
 from minitron_client.connection_flags import add_connection_flags, client_options
 from minitron_client.settings import API_KEY_HEADER, ClientSettings
@@ -57,6 +58,11 @@ def test_the_default_is_the_loopback_in_plain_text(make: Any, monkeypatch: pytes
     ("arguments", "words"),
     [
         ({"url": []}, "url is an empty list"),
+        ({"url": 5}, "url must be HOST:PORT or a list of them, got 5"),
+        ({"url": b"a:1"}, "url must be HOST:PORT or a list of them, got b'a:1'"),
+        ({"url": [["a:1"]]}, "is not HOST:PORT"),
+        ({"headers": 5}, "headers must be a dict of names and values, got int"),
+        ({"tls": True}, "tls must be TlsConfig, got bool"),
         ({"url": "a:1,b"}, "url 'b' is not HOST:PORT"),
         ({"url": ["a:1", 7]}, "url 7 is not HOST:PORT"),
         ({"model": ""}, "model must be the name of a model"),
@@ -110,6 +116,28 @@ def test_a_wrong_request_id_or_header_of_one_request_is_refused() -> None:
             client.generate_batch(["hi"], concurrency=0)
         with pytest.raises(InvalidValueError, match="got one string; use generate"):
             client.generate_batch("hi")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": None}, "prompt must be a string or a list of token ids, got NoneType"),
+        ({"prompt": 5}, "prompt must be a string or a list of token ids, got int"),
+        ({"prompt": b"hi"}, "prompt must be a string or a list of token ids, got bytes"),
+        ({"prompt": "hi", "request_id": 5}, "request_id must be a string, got 5"),
+        ({"prompt": "hi", "request_id": 0}, "request_id must be a string, got 0"),
+        ({"prompt": "hi", "sampling": {"max_tokens": 2}}, "sampling must be SamplingParams, got dict"),
+        ({"prompt": "hi", "headers": 5}, "headers must be a dict of names and values, got int"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_both_clients(arguments: dict[str, Any], words: str) -> None:
+    with AwaitedClient("127.0.0.1:1") as awaited, MinitronClient("127.0.0.1:1") as blocking:
+        for call in (blocking.generate, blocking.stream, awaited.generate):
+            with pytest.raises(InvalidValueError, match=words):
+                call(**arguments)
+        for batch in (blocking.generate_batch, awaited.generate_batch):
+            with pytest.raises(InvalidValueError, match="prompts must be a list of prompts, got int"):
+                batch(5)
 
 
 # --- flags ---

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from minitron_client import InvalidValueError, ModelMetadata, ProtocolError, SamplingParams, UnsupportedError
@@ -225,6 +228,39 @@ def test_half_a_character_at_the_end_is_told_at_the_end(tokenizer_json: str) -> 
     stream = tokenizer.stream()
     assert stream.feed(tuple(ids[:-1])) == "a"
     assert set(stream.flush()) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("text", [None, 3, b"a"])
+def test_what_is_no_text_is_not_tokenised(tokenizer_json: str, text: Any) -> None:
+    with pytest.raises(InvalidValueError, match=f"the text must be a string, got {type(text).__name__}"):
+        Tokenizer(tokenizer_json, TokenRules()).encode(text)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ("abc", "token_ids must be a list of token ids, got 'abc'"),
+        (5, "token_ids must be a list of token ids, got 5"),
+        (None, "token_ids must be a list of token ids, got None"),
+        ([-1], "token_ids must hold token ids, integers from 0, got -1"),
+        ([1.0], "token_ids must hold token ids, integers from 0, got 1.0"),
+        ([True], "token_ids must hold token ids, integers from 0, got True"),
+        (["1"], "token_ids must hold token ids, integers from 0, got '1'"),
+        ([5, 999999], "token id 999999 is not in the vocabulary of 512 tokens"),
+        ([512], "token id 512 is not in the vocabulary of 512 tokens"),
+        ([2**40], "token id 1099511627776 is not in the vocabulary"),
+    ],
+)
+def test_what_are_no_token_ids_has_no_text(tokenizer_json: str, ids: Any, words: str) -> None:
+    with pytest.raises(InvalidValueError, match=re.escape(words)):
+        Tokenizer(tokenizer_json, TokenRules()).decode(ids)
+
+
+def test_numpy_s_ids_have_a_text(tokenizer_json: str) -> None:
+    tokenizer = Tokenizer(tokenizer_json, TokenRules())
+    ids = np.array([*tokenizer.encode("plain"), 511])
+    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist())
+    assert tokenizer.decode(ids).startswith("plain")
 
 
 def test_rules_are_read_from_the_models_parameters() -> None:
