@@ -87,3 +87,10 @@ async def test_token_ids_are_echoed_as_text(tiny_minitron: Path, stream: bool) -
         answer = await door.post(prompt=prompts, echo=True, stream=stream)
     for lead in ("étéa", "ora") if stream else ("étéabc", "orabc"):
         assert f'"text":"{lead}"' in answer.text
+
+
+async def test_an_unknown_token_id_cannot_be_echoed(tiny_minitron: Path) -> None:
+    async with open_door(PlayingClient(), tokenizer_dir=tiny_minitron) as door:
+        answer = await door.post(prompt=[999999], echo=True)
+    assert answer.status_code == 400
+    assert "token id 999999 is not in the vocabulary of 512 tokens" in answer.text

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minitron_client.errors import MinitronClientError
-from minitron_client.openai.api_errors import ApiError
+from minitron_client.openai.api_errors import ApiError, api_error
 from minitron_client.openai.door import Door
 from minitron_client.openai.door_metrics import CONTENT_TYPE, DoorMetrics
 
@@ -127,6 +127,10 @@ def _page_part(name: str, media_type: str) -> Any:
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, MinitronClientError):
+        told = api_error(error)
+        told.__cause__ = error
+        error = told
     assert isinstance(error, ApiError)  # the table of handlers says so
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.warning("%s %s: %d %s", request.method, request.url.path, error.status, error.__cause__ or error)
