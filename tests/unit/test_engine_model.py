@@ -15,7 +15,7 @@ import pytest
 
 from minitron_build.engine.engine_config import EngineConfig
 from minitron_build.errors import PlanError
-from minitron_build.lint.lint_checks import Finding
+from minitron_build.lint.finding import Finding
 from minitron_build.lint.lint_command import lint
 from minitron_build.lint.triton_repository import TritonRepository
 from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan

@@ -18,7 +18,7 @@ import pytest
 
 from minitron_build.errors import CheckpointError
 from minitron_build.lint import lint_command as lint_verb
-from minitron_build.lint.lint_checks import Finding
+from minitron_build.lint.finding import Finding
 from minitron_build.lint.lint_command import lint
 from minitron_build.lint.pbtxt_template import read_template
 from minitron_build.lint.triton_repository import TritonRepository
@@ -30,6 +30,9 @@ BF16, FP8 = (
     json.loads((DATA / f"resolved_build_90_{precision}.json").read_text())["engine_config"]
     for precision in ("bf16", "fp8")
 )
+FAMILY = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_size": 128}
+FULL_SIZE = BF16 | {"pretrained_config": BF16["pretrained_config"] | FAMILY}
+"""An engine with the KV cache of the real model: 128 KiB a token."""
 QUEUE = """dynamic_batching {
   preferred_batch_size: [ ${triton_max_batch_size} ]
   max_queue_delay_microseconds: ${max_queue_delay_microseconds}
@@ -322,6 +325,11 @@ def both(*breaks: Break) -> Break:
     return lambda repo: [one(repo) for one in breaks] and None
 
 
+def append(repo: Path, model: str, text: str) -> None:
+    with (repo / model / "config.pbtxt").open("a") as file:
+        file.write(text)
+
+
 ONE_ERROR = {
     "another type of batching": (
         put("tensorrt_llm", "gpt_model_type", "inflight"),
@@ -508,6 +516,44 @@ ONE_ERROR = {
         ),
         "lookahead_verification_set_size: is missing; decoding_mode lookahead needs it",
     ),
+    "a parameter that stands twice": (
+        lambda repo: append(repo, "tensorrt_llm", parameter_text("enable_chunked_context", "false")),
+        "enable_chunked_context: stands 2 times, in lines 364 and 368; Triton takes line 368's value: leave",
+    ),
+    "a field among the parameters": (
+        both(swap("tensorrt_llm", "max_batch_size: 64\n", ""), put("tensorrt_llm", "max_batch_size", "64")),
+        "max_batch_size: is a parameter here, and Triton reads it as a field; move it out of parameters, "
+        "to the top of the file: max_batch_size: 64",
+    ),
+    "a share of the KV cache below one request": (
+        both(engine(FULL_SIZE), put("tensorrt_llm", "kv_cache_free_gpu_mem_fraction", "0.001")),
+        "kv_cache_free_gpu_mem_fraction: is 0.001, which holds 2200 tokens even on an empty B300; "
+        "expected room for one request of max_seq_len 9216",
+    ),
+    "a worker that is elsewhere": (
+        put("tensorrt_llm", "executor_worker_path", "/none/such"),
+        "executor_worker_path: /none/such: no such file",
+    ),
+    "LoRA modules that are elsewhere": (
+        put("tensorrt_llm", "lora_prefetch_dir", "lora"),
+        "lora_prefetch_dir: lora: no such folder",
+    ),
+    "an encoder that is elsewhere": (
+        put("tensorrt_llm", "encoder_model_path", "/none/such"),
+        "encoder_model_path: /none/such: no such folder",
+    ),
+    "an engine that preprocessing looks for elsewhere": (
+        both(
+            lambda repo: (repo.parent / "visual").mkdir(),
+            put("preprocessing", "multimodal_model_path", "visual"),
+            put("preprocessing", "gpt_model_path", "/none/such"),
+        ),
+        "gpt_model_path: /none/such: no such folder",
+    ),
+    "an environment that is elsewhere": (
+        put("postprocessing", "EXECUTION_ENV_PATH", "$$TRITON_MODEL_DIRECTORY/env.tar.gz"),
+        "EXECUTION_ENV_PATH: $$TRITON_MODEL_DIRECTORY/env.tar.gz: no such environment; the model does not",
+    ),
     "a missing top-level file": (
         lambda repo: (repo / "ensemble" / "config.pbtxt").write_bytes(b"\xff"),
         "config: config.pbtxt cannot be read",
@@ -522,6 +568,39 @@ def test_each_mistake_is_one_error(name: str, filled: Path) -> None:
     (line,) = found(filled)
     assert sentence in line
     assert "\n" not in line
+
+
+def test_paths_that_lead_somewhere_are_no_mistake(filled: Path) -> None:
+    for folder in ("lora", "encoder"):
+        (filled.parent / folder).mkdir()
+    (filled.parent / "worker").touch()
+    (filled / "postprocessing" / "env.tar.gz").touch()
+    put("tensorrt_llm", "lora_prefetch_dir", "lora")(filled)
+    put("tensorrt_llm", "encoder_model_path", str(filled.parent / "encoder"))(filled)
+    put("tensorrt_llm", "executor_worker_path", "worker")(filled)
+    put("preprocessing", "gpt_model_path", "not/read/without/multimodal_model_path")(filled)
+    put("postprocessing", "EXECUTION_ENV_PATH", "$$TRITON_MODEL_DIRECTORY/env.tar.gz")(filled)
+    assert found(filled) == []
+
+
+def test_the_share_of_the_kv_cache_is_held_against_the_gpus_of_the_engines_sm(filled: Path) -> None:
+    write_engine(filled.parent / "engine", FULL_SIZE)
+    set_parameter(filled, "tensorrt_llm", "kv_cache_free_gpu_mem_fraction", "0.005")
+    assert found(filled) == []  # a B300 has the room, and nothing tells that it is not one
+    engine_dir = filled.parent / "engine"
+    record = {"schema": 1, "plan_digest": "", "sm": 90, "gpu": None, "container": None, "argv": []}
+    (engine_dir / "engine.json").write_text(json.dumps(record | {"versions": {}, "files": {}}))
+    (line,) = found(filled)
+    assert "is 0.005, which holds 5750 tokens even on an empty H200; expected room for one request" in line
+
+
+def test_parameters_repeat_in_a_list_and_other_messages_have_their_own() -> None:
+    text = 'parameters [\n{ key: "a" value { string_value: "1" } },\n{ key: "b" },\n{ key: \'a\' }\n]\n'
+    text += 'optimization { execution_accelerators { gpu_execution_accelerator { name: "trt"\n'
+    text += 'parameters { key: "b" value: "1" } parameters { key: "b" value: "2" } } } }'
+    template = read_template(text)
+    assert template.repeats == {"a": (2, 4)}
+    assert template.fields == {"parameters", "optimization"}
 
 
 def test_a_mistake_and_what_follows_from_it(filled: Path) -> None:
@@ -582,6 +661,14 @@ ONE_WARNING = {
         "caps the KV cache at 100000 tokens",
     ),
     "overlap": (put("tensorrt_llm", "enable_trt_overlap", "True"), "the backend ignores it: leave it out"),
+    "a field that stands among the parameters too": (
+        put("tensorrt_llm", "max_batch_size", "64"),
+        "max_batch_size: is a parameter besides the field, and nobody reads it; leave it out: the field",
+    ),
+    "a multimodal model of the hub": (
+        put("preprocessing", "multimodal_model_path", "org/model"),
+        "multimodal_model_path: org/model: no such folder; it would be fetched from the hub",
+    ),
     "a parameter nobody knows": (
         put("postprocessing", "colour", "red"),
         "colour: is no parameter of this model",

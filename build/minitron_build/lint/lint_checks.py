@@ -1,65 +1,23 @@
 """What can be wrong with one model of a TensorRT-LLM repository: one function for each kind of mistake.
 
 Each looks at one model and yields findings; none stops at the first. It knows what Triton, the C++ backend
-and NVIDIA's Python models do with a value. What several models must agree on is in lint_pipeline.py.
+and NVIDIA's Python models do with a value. Paths are lint_paths.py's, the engine behind a model
+lint_engine.py's, and what several models must agree on lint_pipeline.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Literal
 
-from minitron_build.engine.engine_config import EngineConfig
-from minitron_build.errors import CheckpointError
-from minitron_build.lint.triton_repository import UNKNOWN_TYPE, Part, TritonModel, TritonRepository
+from minitron_build.lint.finding import ERROR, WARNING, Check, Finding, finding
+from minitron_build.lint.lint_engine import check_engine
+from minitron_build.lint.lint_paths import check_engine_dir, check_paths, check_tokenizer
+from minitron_build.lint.triton_repository import Part, TritonModel, TritonRepository
 from minitron_build.repository import pbtxt
 from minitron_build.repository.backend_parameters import PARAMETERS, READ_BESIDES, is_true, read_number
-from minitron_build.repository.engine_model import EXECUTOR_KEYS, LOGITS_TENSORS, LOGITS_TYPES, REFERENCE_ONLY
+from minitron_build.repository.engine_model import EXECUTOR_KEYS, REFERENCE_ONLY
 from minitron_build.repository.model_repo import MODELS, RUNTIME_NAME, template_dir
-
-Severity = Literal["error", "warning"]
-ERROR: Severity = "error"
-WARNING: Severity = "warning"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        file: in the repository, with its line when the key stands in it.
-        key: parameter, tensor or field.
-        todo: what to do about it, where `expected` does not say it.
-    """
-
-    severity: Severity
-    file: str
-    key: str
-    found: str
-    expected: str = ""
-    todo: str = ""
-
-    def __str__(self) -> str:
-        expected = f"expected {self.expected}" if self.expected else ""
-        words = "; ".join(part for part in (self.found, expected, self.todo) if part)
-        return " ".join(f"{self.severity}: {self.file}: {self.key}: {words}".split())
-
-    def as_dict(self) -> dict[str, str]:
-        """JSON form."""
-        return {name: str(value) for name, value in asdict(self).items()}
-
-
-def finding(
-    severity: Severity, model: TritonModel, key: str, found: str, *, expected: str = "", todo: str = ""
-) -> Finding:
-    """A finding about a model's file, with the line of the key in it."""
-    line = model.template.lines.get(key)
-    return Finding(severity, f"{model.file}:{line}" if line else model.file, key, found, expected, todo)
-
-
-Check = Callable[[TritonRepository, TritonModel], Iterator[Finding]]
 
 # --- the file and its folder
 
@@ -165,19 +123,15 @@ def _check_code(repository: TritonRepository, model: TritonModel) -> Iterator[Fi
     if not (newest / "model.py").is_file():
         file = f"{model.name}/{newest.name}"
         yield Finding(ERROR, file, "model.py", "is missing", todo="Triton's start would hang without a word")
-    elif model.is_ours and _is_filled(repository) and not (newest / RUNTIME_NAME).is_dir():
+    elif model.is_ours and repository.is_filled and not (newest / RUNTIME_NAME).is_dir():
         yield Finding(ERROR, f"{model.name}/{newest.name}", RUNTIME_NAME, "is missing", todo="build it again")
-
-
-def _is_filled(repository: TritonRepository) -> bool:
-    """A build has put the runtime in; the toolkit's own template has it in no model."""
-    models = repository.models.values()
-    return any((folder / RUNTIME_NAME).is_dir() for model in models for folder in model.versions)
 
 
 def check_batching(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
     """Sizes of Triton's own batcher."""
     limit = model.config.max_batch_size
+    if _is_misplaced(model, "max_batch_size"):
+        return  # what follows from that is no mistake of its own
     preferred = max(model.config.dynamic_batching.preferred_batch_size, default=0)
     if preferred > limit:
         key = "dynamic_batching.preferred_batch_size"
@@ -195,6 +149,9 @@ def check_names(repository: TritonRepository, model: TritonModel) -> Iterator[Fi
     for key in model.parameters:
         if key in known:
             continue
+        if key in pbtxt.field_names():
+            yield _field_among_parameters(model, key)
+            continue
         close = get_close_matches(key, [name for name in known if name not in model.parameters], 1, 0.75)
         yield finding(
             ERROR if close else WARNING,
@@ -203,6 +160,28 @@ def check_names(repository: TritonRepository, model: TritonModel) -> Iterator[Fi
             "is no parameter of this model, which ignores it",
             expected=close[0] if close else "",
         )
+
+
+def _field_among_parameters(model: TritonModel, key: str) -> Finding:
+    if _is_misplaced(model, key):
+        todo = f"move it out of parameters, to the top of the file: {key}: {model.parameters[key]}"
+        return finding(ERROR, model, key, "is a parameter here, and Triton reads it as a field", todo=todo)
+    found = "is a parameter besides the field, and nobody reads it"
+    return finding(WARNING, model, key, found, todo="leave it out: the field holds")
+
+
+def _is_misplaced(model: TritonModel, key: str) -> bool:
+    """A field of the file stands among the parameters instead, so that its default holds."""
+    known = _known_names(model) or ()
+    return key in model.parameters and key not in known and key not in model.template.fields
+
+
+def check_repeats(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
+    """A parameter stands once; protobuf keeps the last and says nothing of the others."""
+    for key, lines in model.template.repeats.items():
+        *others, last = map(str, lines)
+        found = f"stands {len(lines)} times, in lines {', '.join(others)} and {last}"
+        yield finding(ERROR, model, key, found, todo=f"Triton takes line {last}'s value: leave one")
 
 
 _READ_BY_TRITON = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
@@ -317,171 +296,11 @@ def _check_guided_decoding(repository: TritonRepository, model: TritonModel) -> 
         yield finding(ERROR, model, "xgrammar_tokenizer_info_path", f"{info}: no such file")
 
 
-# --- paths
-
-
-def check_tokenizer(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
-    """The tokenizer's folder is there."""
-    text = model.value("tokenizer_dir")
-    if text is None or not model.is_python or not repository.has_paths:
-        return
-    if model.is_ours:
-        folder = model.path / text
-        if not folder.is_dir():
-            yield finding(ERROR, model, "tokenizer_dir", f"{text}: no such folder, from the model's own")
-        elif _is_filled(repository) and not (folder / "tokenizer.json").is_file():
-            yield finding(ERROR, model, "tokenizer_dir", f"{text}: has no tokenizer.json")
-    elif not (repository.working_dir / text).is_dir():
-        is_hub_id = text.count("/") == 1 and text[0] not in "./~"
-        yield finding(
-            WARNING if is_hub_id else ERROR,
-            model,
-            "tokenizer_dir",
-            f"{text}: no such folder",
-            todo="it would be fetched from the hub at each start: give a folder" if is_hub_id else "",
-        )
-
-
-def check_engine_dir(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
-    """The engine's folder is there, can be read, and holds one file for each rank."""
-    engine_dir, key = repository.engine_dir(model), model.engine_key
-    if engine_dir is None or key is None:
-        return
-    text = model.value(key) or ""
-    if not engine_dir.is_dir():
-        start = f"where tritonserver is started, here {repository.working_dir}"
-        start = f"the backend looks from {model.path if model.is_executor else start}"
-        todo = "" if text.startswith("/") else start
-        yield finding(ERROR, model, key, f"{text}: no such folder", todo=todo)
-        return
-    try:
-        EngineConfig.read(engine_dir).check_rank_files(engine_dir)
-    except CheckpointError as error:
-        found = f"{text}: {error.found}"
-        yield finding(ERROR, model, key, found, expected=error.expected, todo=error.todo)
-
-
-# --- the engine behind a C++ model
-
-
-def check_engine(repository: TritonRepository, model: TritonModel) -> Iterator[Finding]:
-    """What the configuration asks of the engine, the engine was built for."""
-    engine = repository.engine(model)
-    if engine is None:
-        return
-    yield from check_logits(model, engine)
-    for check in (_check_beams, _check_kv_cache, _check_paged_context, _check_limits, _check_batch):
-        yield from check(model, engine)
-
-
-def check_logits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
-    """Logits are declared in the engine's dtype; the backend sends no others."""
-    wanted = LOGITS_TYPES[engine.logits_dtype]
-    for name in LOGITS_TENSORS:
-        tensor = model.outputs.get(name)
-        if tensor is not None and tensor.dtype not in (wanted, UNKNOWN_TYPE):
-            key = f"output {name} data_type"
-            yield finding(
-                ERROR,
-                model,
-                key,
-                f"is {tensor.dtype}",
-                expected=f"{wanted}: the engine's logits_dtype is {engine.logits_dtype}",
-            )
-
-
-def _check_beams(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
-    beams = read_number(model.value("max_beam_width")) or 1
-    if beams > engine.max_beam_width:
-        yield finding(
-            ERROR,
-            model,
-            "max_beam_width",
-            f"is {beams:g}",
-            expected=f"at most the engine's {engine.max_beam_width}",
-        )
-
-
-def _check_kv_cache(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
-    if engine.kv_cache_type != "paged" and (model.value("gpt_model_type") or "").startswith("inflight"):
-        found = f"is {model.value('gpt_model_type')}, and the engine's KV cache is {engine.kv_cache_type}"
-        yield finding(ERROR, model, "gpt_model_type", found, expected="an engine with a paged KV cache")
-    cap = read_number(model.value("max_tokens_in_paged_kv_cache"))
-    if cap is not None and cap < engine.max_seq_len:
-        yield finding(
-            ERROR,
-            model,
-            "max_tokens_in_paged_kv_cache",
-            f"is {cap:g}",
-            expected=f"room for one request of max_seq_len {engine.max_seq_len}",
-            todo="leave it out",
-        )
-    window = model.value("max_attention_window_size")
-    if window is not None and not PARAMETERS["max_attention_window_size"].wrong(window):
-        least = min(int(size) for size in window.split(","))
-        if least < engine.max_seq_len:
-            found = f"is {window}, and tokens further back are forgotten without a word"
-            todo = f"leave it out, or give the engine's max_seq_len {engine.max_seq_len}"
-            yield finding(WARNING, model, "max_attention_window_size", found, todo=todo)
-
-
-def _check_paged_context(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
-    """KV reuse is on unless it is switched off, which an engine must be able to do."""
-    written = model.value("enable_kv_cache_reuse")
-    reuses = is_true(written, default=True)
-    chunks = is_true(model.value("enable_chunked_context"), default=False)
-    for key, is_on in (("enable_kv_cache_reuse", reuses), ("enable_chunked_context", chunks)):
-        if is_on and not engine.use_paged_context_fmha:
-            is_chosen = model.value(key) is not None
-            yield finding(
-                ERROR if is_chosen else WARNING,
-                model,
-                key,
-                "is on" if is_chosen else "is on by default",
-                expected="false: the engine was built without use_paged_context_fmha",
-            )
-    if reuses and engine.use_paged_context_fmha and engine.kv_cache_quant_algo is not None:
-        found = f"is on{'' if written else ' by default'} with an {engine.kv_cache_quant_algo} KV cache"
-        todo = "reused blocks gave other text (TensorRT-LLM#2699): set it to false"
-        yield finding(WARNING, model, "enable_kv_cache_reuse", found, todo=todo)
-
-
-def _check_limits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
-    yield from _check_executor_limits(model, engine)
-    tokens = engine.max_num_tokens
-    chunks = is_true(model.value("enable_chunked_context"), default=False)
-    if tokens is not None and tokens < min(engine.max_input_len, engine.max_seq_len) and not chunks:
-        found = f"is off, so prompts over max_num_tokens {tokens} are refused"
-        todo = f"the engine takes {engine.max_input_len}: set it to true"
-        yield finding(WARNING, model, "enable_chunked_context", found, todo=todo)
-    share = read_number(model.value("gpu_weights_percent"))
-    if share is not None and share < 1 and not engine.weight_streaming:
-        found, expected = f"is {share:g}", "1.0: the engine was built without weight_streaming"
-        yield finding(ERROR, model, "gpu_weights_percent", found, expected=expected)
-
-
-def _check_executor_limits(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
-    """The executor's model refuses by its own limits, which are the engine's."""
-    names = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens") if model.is_executor else ()
-    for name in names:
-        built, written = getattr(engine, name), model.value(name)
-        if written != str(built):
-            yield finding(ERROR, model, name, f"is {written}", expected=f"the engine's {built}")
-
-
-def _check_batch(model: TritonModel, engine: EngineConfig) -> Iterator[Finding]:
-    """Triton's limit is of one request, the engine's of all that run: a larger one only queues."""
-    if model.config.max_batch_size > engine.max_batch_size:
-        found = f"is {model.config.max_batch_size}"
-        expected = f"at most the engine's {engine.max_batch_size}, beyond which requests wait"
-        yield finding(WARNING, model, "max_batch_size", found, expected=expected)
-
-
 FILE_CHECKS: tuple[Check, ...] = (check_file, check_placeholders)
 """For every folder, whether its file can be parsed or not."""
 MODEL_CHECKS: tuple[Check, ...] = (
-    *(check_folder, check_batching, check_names, check_required, check_values, check_contradictions),
-    *(check_tokenizer, check_engine_dir, check_engine),
+    *(check_folder, check_batching, check_names, check_repeats, check_required, check_values),
+    *(check_contradictions, check_tokenizer, check_engine_dir, check_paths, check_engine),
 )
 """For every model whose file can be parsed."""
 

@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from minitron_build.lint.lint_checks import ERROR, Finding, lint_model
+from minitron_build.lint.finding import ERROR, Finding
+from minitron_build.lint.lint_checks import lint_model
 from minitron_build.lint.lint_pipeline import lint_pipeline
 from minitron_build.lint.lint_server import ServerCommand, lint_server
 from minitron_build.lint.triton_repository import TritonRepository

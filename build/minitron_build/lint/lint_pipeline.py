@@ -1,7 +1,7 @@
 """What the models of a TensorRT-LLM repository must agree on, and no single file can say.
 
 Ensemble maps against member tensors, streaming against the decoupled switch, instance counts against the
-order of tokens, one logits dtype throughout. Findings are lint_checks.py's.
+order of tokens, one logits dtype throughout. Findings are finding.py's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from minitron_build.lint.lint_checks import ERROR, WARNING, Finding, check_logits, finding
+from minitron_build.lint.finding import ERROR, WARNING, Finding, finding
+from minitron_build.lint.lint_engine import check_logits
 from minitron_build.lint.triton_repository import UNKNOWN_TYPE, TritonModel, TritonRepository
 from minitron_build.repository.engine_model import LOGITS_TENSORS
 from minitron_build.repository.pbtxt import TensorSpec

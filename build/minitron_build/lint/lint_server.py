@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from minitron_build.errors import PlanError
-from minitron_build.lint.lint_checks import WARNING, Finding
+from minitron_build.lint.finding import WARNING, Finding
 
 SERVER_NAME = "tritonserver"
 WHERE = "tritonserver"

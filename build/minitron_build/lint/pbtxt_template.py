@@ -50,11 +50,15 @@ class Template:
         text: the same with 0 for every placeholder outside strings, which any number, bool or enum can be.
         placeholders: in the order they stand.
         lines: first line of each parameter and field by its key.
+        fields: names of the fields that stand at the top of the file.
+        repeats: lines of each parameter that stands more than once, by its key.
     """
 
     text: str
     placeholders: tuple[Placeholder, ...]
     lines: Mapping[str, int]
+    fields: frozenset[str] = frozenset()
+    repeats: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -75,6 +79,8 @@ class _Scan:
     stack: list[_Block] = field(default_factory=lambda: [_Block("")])
     placeholders: list[Placeholder] = field(default_factory=list)
     lines: dict[str, int] = field(default_factory=dict)
+    fields: set[str] = field(default_factory=set)
+    parameters: dict[str, list[int]] = field(default_factory=dict)
 
     def step(self, kind: str, text: str, line: int) -> None:
         """Take one token."""
@@ -89,6 +95,8 @@ class _Scan:
             block.is_value = False
             return
         block.field = text
+        if len(self.stack) == 1:
+            self.fields.add(text)
         self.lines.setdefault(self._key(), line)
 
     def _string(self, text: str, line: int) -> None:
@@ -98,6 +106,8 @@ class _Scan:
         if block.field in _LABELS and not names and not block.label and block.name:
             block.label = text[1:-1]
             self.lines.setdefault(self._key(), line)
+            if len(self.stack) == 2 and block.name == "parameters":
+                self.parameters.setdefault(block.label, []).append(line)
         for name in names:
             self._note(name, line, is_quoted=True)
 
@@ -140,7 +150,10 @@ def read_template(text: str) -> Template:
     scan = _Scan()
     for kind, token, line in _tokens(text):
         scan.step(kind, token, line)
-    return Template("".join(_parseable(text)), tuple(scan.placeholders), scan.lines)
+    repeats = {key: tuple(lines) for key, lines in scan.parameters.items() if len(lines) > 1}
+    return Template(
+        "".join(_parseable(text)), tuple(scan.placeholders), scan.lines, frozenset(scan.fields), repeats
+    )
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, int]]:

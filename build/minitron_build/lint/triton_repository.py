@@ -1,7 +1,7 @@
 """A Triton model repository of TensorRT-LLM's layout as it lies on disk: NVIDIA's, ours, or a mixture.
 
 Reads what can be read of every model and says what part each plays, by its tensors, not its name. It judges
-nothing; lint_checks.py does.
+nothing; the modules named lint_ do.
 """
 
 from __future__ import annotations
@@ -189,6 +189,12 @@ class TritonRepository:
             )
         models = {folder.name: TritonModel.read(folder) for folder in folders}
         return cls(path, models, working_dir or path.resolve().parent, has_paths)
+
+    @cached_property
+    def is_filled(self) -> bool:
+        """A build has put the runtime in; the toolkit's own template has it in no model."""
+        models = self.models.values()
+        return any((folder / RUNTIME_NAME).is_dir() for model in models for folder in model.versions)
 
     def with_part(self, part: Part) -> list[TritonModel]:
         """The models that play a part."""

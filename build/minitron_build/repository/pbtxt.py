@@ -32,6 +32,11 @@ class TensorSpec:
     allow_ragged_batch: bool
 
 
+def field_names() -> frozenset[str]:
+    """Names of the fields at the top of a configuration."""
+    return frozenset(_new_config().DESCRIPTOR.fields_by_name)
+
+
 def read_config(path: Path) -> Any:
     """Read a model's configuration.
 
