@@ -16,8 +16,9 @@ from pathlib import Path
 from minitron_client.client import MinitronClient
 from minitron_client.connection_flags import add_connection_flags, client_options
 from minitron_client.errors import InvalidValueError, MinitronClientError
+from minitron_client.option_names import unknown_option
 from minitron_client.sampling import SamplingParams
-from minitron_client.sampling_flags import add_sampling_flags, sampling_of
+from minitron_client.sampling_flags import EMBEDDING_BIAS, add_sampling_flags, bias_options, sampling_of
 
 INPUT_MARK = "> "
 
@@ -131,13 +132,18 @@ class Repl:
     def _set(self, rest: str) -> None:
         if rest:
             name, _, value = rest.partition(" ")
-            self._sampling = self._sampling.changed({name: self._value(name, value.strip())})
+            options = (
+                bias_options(value.split())
+                if name == EMBEDDING_BIAS
+                else {name: self._value(name, value.strip())}
+            )
+            self._sampling = self._sampling.changed(options)
         print(", ".join(f"{name}={value!r}" for name, value in self._sampling.given().items()))
 
     def _value(self, name: str, text: str) -> object:
-        known = {field.name for field in dataclasses.fields(self._sampling)}
+        known = [field.name for field in dataclasses.fields(self._sampling)]
         if name not in known:
-            raise InvalidValueError(f"no sampling option {name}; known: {', '.join(sorted(known))}")
+            raise InvalidValueError(unknown_option(name, known))
         if name.endswith("_words"):
             return tuple(text.split()) if text else ()
         named: dict[str, object] = {"none": None, "": None, "true": True, "false": False}

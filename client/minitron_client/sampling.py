@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import NamedTuple
 
 from minitron_client.errors import InvalidValueError
+from minitron_client.option_names import unknown_option
 
 DEFAULT_MAX_TOKENS = 128
 _INT32_MAX, _UINT64_MAX = 2**31 - 1, 2**64 - 1
@@ -46,9 +47,11 @@ _RANGES: dict[str, _Range] = {
     "frequency_penalty": _Range(float, -math.inf, math.inf),
     "end_id": _Range(int, 0, _INT32_MAX),
     "pad_id": _Range(int, 0, _INT32_MAX),
+    "priority_level": _Range(int, 1, _INT32_MAX),
 }
 _FLAGS = ("exclude_input_in_output", "return_log_probs", "return_output_ids", "return_perf_metrics")
-_WORDS = ("stop_words", "bad_words")
+_WORDS = ("stop_words", "bad_words", "embedding_bias_words")
+_WEIGHTS = "embedding_bias_weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,12 @@ class SamplingParams:
         min_tokens: the end id is not taken before this many tokens.
         stop_words: generation ends after any of these texts; the text keeps the word.
         bad_words: texts that are never generated.
+        embedding_bias_words: texts whose tokens are made likelier or less likely, each by its weight.
+        embedding_bias_weights: what is added to the logits of each of them, above 0 for likelier.
         end_id: token id that ends the text, in place of the model's own.
         pad_id: token id for padding, in place of the model's own.
+        priority_level: of the requests that wait, the lowest level runs first, 1 before all; how many levels
+            there are is the server's to say (NVIDIA's own models do not look at it).
         exclude_input_in_output: False puts the prompt in front of the text (not while streaming).
         return_log_probs: the log probability of each output token.
         return_output_ids: the output token ids.
@@ -92,8 +99,11 @@ class SamplingParams:
     min_tokens: int | None = None
     stop_words: tuple[str, ...] = ()
     bad_words: tuple[str, ...] = ()
+    embedding_bias_words: tuple[str, ...] = ()
+    embedding_bias_weights: tuple[float, ...] = ()
     end_id: int | None = None
     pad_id: int | None = None
+    priority_level: int | None = None
     exclude_input_in_output: bool = True
     return_log_probs: bool = False
     return_output_ids: bool = False
@@ -104,6 +114,7 @@ class SamplingParams:
             object.__setattr__(self, name, _checked_number(name, getattr(self, name)))
         for name in _WORDS:
             object.__setattr__(self, name, _checked_words(name, getattr(self, name)))
+        object.__setattr__(self, _WEIGHTS, _checked_weights(self.embedding_bias_weights))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -125,7 +136,7 @@ class SamplingParams:
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise InvalidValueError(f"unknown sampling option {unknown[0]}; known: {', '.join(known)}")
+            raise InvalidValueError(unknown_option(unknown[0], known))
         return cls(**options)  # type: ignore[arg-type]  # __post_init__ checks each value's kind
 
     def changed(self, options: Mapping[str, object]) -> SamplingParams:
@@ -138,7 +149,7 @@ class SamplingParams:
             {**{item.name: getattr(self, item.name) for item in fields(self)}, **options}
         )
 
-    def given(self) -> dict[str, int | float | bool | tuple[str, ...]]:
+    def given(self) -> dict[str, int | float | bool | tuple[str, ...] | tuple[float, ...]]:
         """The options to send: what the server would not assume by itself.
 
         `exclude_input_in_output` always goes, because the server's own default is False. A temperature
@@ -163,6 +174,12 @@ class SamplingParams:
         if self.min_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidValueError(
                 f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; lower min_tokens"
+            )
+        num_words, num_weights = len(self.embedding_bias_words), len(self.embedding_bias_weights)
+        if num_words != num_weights:
+            raise InvalidValueError(
+                f"embedding_bias_words has {num_words} words and embedding_bias_weights {num_weights} "
+                "weights; give one weight for each word"
             )
 
 
@@ -195,3 +212,12 @@ def _checked_words(name: str, value: object) -> tuple[str, ...]:
         if not isinstance(word, str) or not word:
             raise InvalidValueError(f"{name} must hold non-empty strings, got {word!r}")
     return tuple(value)
+
+
+def _checked_weights(value: object) -> tuple[float, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidValueError(f"{_WEIGHTS} must be a list of numbers, got {value!r}")
+    for weight in value:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+            raise InvalidValueError(f"{_WEIGHTS} must hold finite numbers, got {weight!r}")
+    return tuple(float(weight) for weight in value)

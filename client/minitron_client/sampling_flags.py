@@ -6,7 +6,9 @@ It knows flags; what they mean is `SamplingParams`' business.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
+from minitron_client.errors import InvalidValueError
 from minitron_client.sampling import DEFAULT_MAX_TOKENS, SamplingParams
 
 # field of SamplingParams, type, help
@@ -19,7 +21,10 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("presence_penalty", float, "subtracted once for a token that occurred"),
     ("frequency_penalty", float, "subtracted for each time a token occurred"),
     ("min_tokens", int, "no end of text before this many tokens"),
+    ("priority_level", int, "of the requests that wait, the lowest level runs first; 1 before all"),
 )
+EMBEDDING_BIAS = "embedding_bias"
+"""Words and weights in one: `--embedding-bias`, and `/set embedding_bias` of the REPL."""
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +40,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
             f"--{name}-word", dest=f"{name}_words", action="append", default=[], metavar="TEXT",
             help=f"{text}; may be repeated",
         )  # fmt: skip
+    group.add_argument(
+        "--embedding-bias", action="append", default=[], metavar="TEXT=WEIGHT",
+        help="add WEIGHT to the logits of TEXT's tokens, above 0 for likelier; may be repeated",
+    )  # fmt: skip
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
@@ -44,4 +53,25 @@ def sampling_of(args: argparse.Namespace) -> SamplingParams:
         InvalidValueError: a value is refused, or contradicts another.
     """
     names = ("max_tokens", "stop_words", "bad_words", *(name for name, _, _ in _NUMBERS))
-    return SamplingParams.of({name: getattr(args, name) for name in names})
+    options: dict[str, object] = {name: getattr(args, name) for name in names}
+    return SamplingParams.of(options | bias_options(args.embedding_bias))
+
+
+def bias_options(texts: Iterable[str]) -> dict[str, object]:
+    """`TEXT=WEIGHT`, each, as the two options that it is.
+
+    Raises:
+        InvalidValueError: one of them is not TEXT=NUMBER.
+    """
+    words: list[str] = []
+    weights: list[float] = []
+    for text in texts:
+        word, _, weight = text.rpartition("=")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise InvalidValueError(
+                f"{EMBEDDING_BIAS} {text!r} is not TEXT=WEIGHT, such as yes=2.5"
+            ) from None
+        words.append(word)
+    return {"embedding_bias_words": words, "embedding_bias_weights": weights}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import TypeAlias
 
 from minitron_client.errors import InvalidValueError, UnsupportedError
 from minitron_client.sampling import SamplingParams
@@ -15,7 +16,8 @@ from minitron_client.vocabulary import QUEUE_OUTPUTS, Vocabulary, vocabulary_of
 
 # Without it a decoupled model's bare end mark is swallowed by the server.
 _PARAMETERS: dict[str, bool | int | str] = {"triton_enable_empty_final_response": True}
-_WORDS = ("stop_words", "bad_words")
+_TEXTS = ("stop_words", "bad_words", "embedding_bias_words", "embedding_bias_weights")
+_Given: TypeAlias = Scalar | tuple[str, ...] | tuple[float, ...]
 
 
 def text_request(
@@ -67,7 +69,7 @@ def text_request(
         request_id=request_id,
         inputs=tuple(tensors),
         outputs=_wanted_outputs(metadata, vocabulary, extra),
-        parameters=_PARAMETERS,
+        parameters=_parameters(vocabulary, sampling),
     )
 
 
@@ -96,16 +98,16 @@ def stop_request(metadata: ModelMetadata, request_id: str) -> InferRequest | Non
     return InferRequest(metadata.name, request_id, inputs, outputs, _PARAMETERS)
 
 
-def _translated(vocabulary: Vocabulary, sampling: SamplingParams) -> dict[str, Scalar | tuple[str, ...]]:
-    """The options that were given, under this vocabulary's names."""
-    given: dict[str, Scalar | tuple[str, ...]] = {}
+def _translated(vocabulary: Vocabulary, sampling: SamplingParams) -> dict[str, _Given]:
+    """The options that were given and are tensors, under this vocabulary's names."""
+    given: dict[str, _Given] = {}
     for option, value in sampling.given().items():
         name = vocabulary.inputs.get(option)
         if name is not None:
             given[name] = value
-        elif option == "return_output_ids" and vocabulary.is_token_ids:
-            continue  # they come anyway
-        elif vocabulary.is_token_ids and option in _WORDS:
+        elif option in vocabulary.parameters or (option == "return_output_ids" and vocabulary.is_token_ids):
+            continue  # no tensor; output ids come anyway
+        elif vocabulary.is_token_ids and option in _TEXTS:
             raise UnsupportedError(
                 f"{option} are texts, and this model takes token ids; use model tensorrt_llm_bls, which "
                 "matches them on the text"
@@ -113,6 +115,11 @@ def _translated(vocabulary: Vocabulary, sampling: SamplingParams) -> dict[str, S
         else:
             raise UnsupportedError(f"{option} cannot be asked of a model of the {vocabulary.name} vocabulary")
     return given
+
+
+def _parameters(vocabulary: Vocabulary, sampling: SamplingParams) -> dict[str, bool | int | str]:
+    asked = {name: getattr(sampling, option) for option, name in vocabulary.parameters.items()}
+    return _PARAMETERS | {name: value for name, value in asked.items() if value is not None}
 
 
 def _prompt_tensors(
@@ -160,7 +167,7 @@ def _row(metadata: ModelMetadata, name: str, values: Sequence[int]) -> Tensor:
     return Tensor.of(metadata.inputs[name], tuple(values))
 
 
-def _tensor(metadata: ModelMetadata, name: str, value: Scalar | tuple[str, ...]) -> Tensor:
+def _tensor(metadata: ModelMetadata, name: str, value: _Given) -> Tensor:
     spec = metadata.inputs.get(name)
     if spec is None:
         raise UnsupportedError(

@@ -23,7 +23,8 @@ class Vocabulary:
         prompt: input that holds the prompt.
         answer: output that holds what is generated.
         stream: input that asks for one response for each piece.
-        inputs: field of `SamplingParams` -> input. What is not here cannot be asked for.
+        inputs: field of `SamplingParams` -> input. What is in neither of these two cannot be asked for.
+        parameters: field of `SamplingParams` -> parameter of the request, which no model lists.
         asked: flags set wherever the server offers both: input -> output.
         features: field of `SamplingParams` -> output that carries what it asks for.
         told: outputs that need no flag, asked for wherever the server lists them.
@@ -39,6 +40,7 @@ class Vocabulary:
     stream: str
     inputs: Mapping[str, str]
     stop: Mapping[str, Scalar]
+    parameters: Mapping[str, str] = field(default_factory=dict)
     asked: Mapping[str, str] = field(default_factory=dict)
     features: Mapping[str, str] = field(default_factory=dict)
     told: tuple[str, ...] = ()
@@ -49,8 +51,10 @@ class Vocabulary:
 _SAME_NAMES = (
     "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "min_tokens", "stop_words", "bad_words", "end_id", "pad_id",
-    "exclude_input_in_output", "return_log_probs", "return_output_ids", "return_perf_metrics",
+    "embedding_bias_words", "embedding_bias_weights", "exclude_input_in_output", "return_log_probs",
+    "return_output_ids", "return_perf_metrics",
 )  # fmt: skip
+_PRIORITY = {"priority_level": "priority_level"}
 _COUNTS = {"return_num_input_tokens": "num_input_tokens", "return_num_output_tokens": "num_output_tokens"}
 
 TEXT = Vocabulary(
@@ -60,6 +64,7 @@ TEXT = Vocabulary(
     answer="text_output",
     stream="stream",
     inputs={name: name for name in _SAME_NAMES},
+    parameters=_PRIORITY,
     asked=_COUNTS,
     features={"return_log_probs": "output_log_probs", "return_output_ids": "output_ids"},
     told=("finish_reason",),
@@ -109,6 +114,7 @@ TOKENS = Vocabulary(
         "top_k": "runtime_top_k",
         "top_p": "runtime_top_p",
     },
+    parameters=_PRIORITY,
     features={"return_log_probs": "output_log_probs"},
     told=("sequence_length",),
     stop={"input_ids": 0, "input_lengths": 1, "request_output_len": 1, "stop": True},

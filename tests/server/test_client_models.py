@@ -94,6 +94,17 @@ def test_the_engine_s_own_refusals_are_understood_on_the_token_path(tokens: Any)
         tokens.generate("x", stop_words=["y"])
 
 
+def test_a_bias_and_a_priority_reach_the_models(text: Any, tokens: Any) -> None:
+    bias = {"embedding_bias_words": (" fox",), "embedding_bias_weights": (1000.0,)}
+    assert text.generate(PROMPT, max_tokens=3, priority_level=1).text != " fox fox fox"
+    one_word = text.tokenize(" fox")[1:]  # without the id that begins every text
+    completion = text.generate(PROMPT, max_tokens=3, return_output_ids=True, **bias)
+    assert set(completion.token_ids) <= set(one_word)
+    for client, prompt in ((text, PROMPT), (tokens, [1, 2, 3])):
+        with pytest.raises(InvalidRequestError, match="this model has levels 1 .first. to 3"):
+            client.generate(prompt, max_tokens=1, priority_level=4)
+
+
 async def test_many_streams_at_once_on_one_channel(running_server: TritonServer) -> None:
     async def one(client: AsyncMinitronClient, seed: int) -> str:
         async with client.stream(PROMPT, max_tokens=8, top_k=50, seed=seed) as stream:

@@ -257,16 +257,20 @@ def test_options_are_set_and_refused_in_the_repl(
         repl = Repl(client, SamplingParams())
         for line in (
             "/set top_p 0.5", "/set seed 3", "/set stop_words a b", "/set top_p x", "/set colour red",
-            "/set seed none", "/set max_tokens 0", "/set",
+            "/set seed none", "/set max_tokens 0", "/set logprobs true", "/set embedding_bias yes=2 no=-1.5",
+            "/set embedding_bias maybe", "/set",
         ):  # fmt: skip
             repl.step(line)
     printed = capsys.readouterr()
     assert "stop_words=('a', 'b')" in printed.out
+    assert "embedding_bias_weights=(2.0, -1.5)" in printed.out.splitlines()[-1]
     assert "seed=" not in printed.out.splitlines()[-1]
     assert printed.out.splitlines()[-1].startswith("max_tokens=128, top_p=0.5")
     for said in (
         "top_p must be a number",
-        "no sampling option colour",
+        "unknown sampling option colour",
+        "unknown sampling option logprobs; did you mean return_log_probs?",
+        "embedding_bias 'maybe' is not TEXT=WEIGHT",
         "max_tokens must be an integer from 1",
     ):
         assert said in printed.err

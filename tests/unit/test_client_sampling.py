@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from minitron_build.repository import pbtxt
+from minitron_build.runtime import priority
 from minitron_client import InvalidRequestError, InvalidValueError, SamplingParams
+from minitron_client.option_names import ALSO_CALLED, NOT_OFFERED, REFUSED_INPUTS
 from minitron_client.sampling import DEFAULT_MAX_TOKENS
+from minitron_client.vocabulary import TEXT, TOKENS
 
 pytestmark = pytest.mark.unit
+MODEL_REPO = Path(__file__).parents[2] / "model_repo"
+SPOKEN = {"tensorrt_llm_bls": TEXT, "ensemble": TEXT, "tensorrt_llm": TOKENS}
+FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 @pytest.mark.parametrize(
@@ -45,8 +55,35 @@ pytestmark = pytest.mark.unit
         ({"seed": 7}, "seed=7 has no effect on greedy decoding"),
         ({"seed": 0}, "seed=0 has no effect on greedy decoding"),
         ({"max_tokens": 4, "min_tokens": 5}, "min_tokens=5 exceeds max_tokens=4"),
-        ({"beam_width": 2}, "unknown sampling option beam_width; known: max_tokens, "),
-        ({"max_token": 2}, "unknown sampling option max_token; known: max_tokens, "),
+        (
+            {"embedding_bias_words": ["a"]},
+            "embedding_bias_words has 1 words and embedding_bias_weights 0 weights; give one weight",
+        ),
+        ({"embedding_bias_words": "a", "embedding_bias_weights": [1]}, "must be a list of strings, got 'a'"),
+        ({"embedding_bias_words": ["a"], "embedding_bias_weights": 1}, "must be a list of numbers, got 1"),
+        ({"embedding_bias_words": ["a"], "embedding_bias_weights": ["1"]}, "finite numbers, got '1'"),
+        (
+            {"embedding_bias_words": ["a"], "embedding_bias_weights": [float("inf")]},
+            "finite numbers, got inf",
+        ),
+        ({"priority_level": 0}, "priority_level must be an integer from 1"),
+        # no options
+        ({"beam_width": 2}, "beam_width is no sampling option: the server generates without beam search"),
+        ({"n": 2}, "n is no sampling option: a completion is one sequence; give the prompt several times"),
+        (
+            {"do_sample": True},
+            "do_sample is no sampling option: sampling is on where top_p or top_k is given",
+        ),
+        ({"stop": ["x"]}, "Texts that end are stop_words"),
+        (
+            {"logprobs": 1},
+            "unknown sampling option logprobs; did you mean return_log_probs? known: max_tokens, ",
+        ),
+        ({"top_logprobs": 1}, "unknown sampling option top_logprobs; did you mean return_log_probs? known: "),
+        ({"max_new_tokens": 1}, "unknown sampling option max_new_tokens; did you mean max_tokens? known: "),
+        ({"max_length": 1}, "unknown sampling option max_length; did you mean max_tokens? known: "),
+        ({"max_token": 2}, "unknown sampling option max_token; did you mean max_tokens? known: max_tokens, "),
+        ({"colour": 2}, "unknown sampling option colour; known: max_tokens, "),
     ],
 )
 def test_refused_in_one_sentence(options: dict[str, object], words: str) -> None:
@@ -74,7 +111,8 @@ def test_every_option_reaches_the_request_under_the_server_s_name() -> None:
     options = {
         "max_tokens": 9, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "seed": 3, "repetition_penalty": 1.1,
         "presence_penalty": 0.1, "frequency_penalty": -0.2, "min_tokens": 2, "stop_words": ("a", "b"),
-        "bad_words": ("c",), "end_id": 1, "pad_id": 2, "exclude_input_in_output": False,
+        "bad_words": ("c",), "embedding_bias_words": ("d",), "embedding_bias_weights": (2.5,),
+        "priority_level": 3, "end_id": 1, "pad_id": 2, "exclude_input_in_output": False,
         "return_log_probs": True, "return_output_ids": True,
     }  # fmt: skip
     assert SamplingParams.of(options).given() == options
@@ -102,3 +140,39 @@ def test_numpy_scalars_and_lists_become_plain_values() -> None:
     assert (type(sampling.max_tokens), type(sampling.top_p)) == (int, float)
     assert sampling.stop_words == ("x",)
     assert hash(sampling) == hash(SamplingParams(max_tokens=5, top_p=0.5, stop_words=("x",)))
+
+
+def inputs_of(model: str) -> set[str]:
+    config = pbtxt.read_config(MODEL_REPO / model)
+    return {tensor.name for tensor in pbtxt.tensors(config, "input")}
+
+
+@pytest.mark.parametrize("model", SPOKEN)
+def test_every_input_of_the_served_models_is_an_option_or_refused_with_a_reason(model: str) -> None:
+    vocabulary, listed = SPOKEN[model], inputs_of(model)
+    options = set(vocabulary.inputs.values())
+    the_clients = {vocabulary.prompt, vocabulary.stream, "input_lengths"}  # it fills these itself
+    assert options <= listed
+    assert not options & (REFUSED_INPUTS.keys() | the_clients)
+    assert listed - options - the_clients <= REFUSED_INPUTS.keys()
+    assert set(vocabulary.inputs) | set(vocabulary.parameters) <= FIELDS
+    for name in listed & REFUSED_INPUTS.keys():
+        with pytest.raises(InvalidValueError, match=f"^{name} is no sampling option: "):
+            SamplingParams.of({name: 1})
+
+
+def test_nothing_is_refused_that_no_served_model_lists() -> None:
+    assert set().union(*map(inputs_of, SPOKEN)) >= REFUSED_INPUTS.keys()
+
+
+def test_other_names_lead_to_options_that_are_there() -> None:
+    assert set(ALSO_CALLED.values()) <= FIELDS
+    tables = [*ALSO_CALLED, *NOT_OFFERED, *REFUSED_INPUTS]
+    assert len(tables) == len(set(tables))
+    assert not FIELDS & set(tables)
+
+
+def test_the_priority_goes_under_the_name_that_the_served_models_read() -> None:
+    assert TEXT.parameters == TOKENS.parameters == {priority.NAME: priority.NAME}
+    for model in SPOKEN:
+        assert int(pbtxt.get_parameters(pbtxt.read_config(MODEL_REPO / model))["priority_levels"]) > 1

@@ -18,7 +18,7 @@ INPUTS = {
     "text_input": "BYTES", "max_tokens": "INT32", "stream": "BOOL", "stop": "BOOL", "temperature": "FP32",
     "top_p": "FP32", "seed": "UINT64", "stop_words": "BYTES", "exclude_input_in_output": "BOOL",
     "return_log_probs": "BOOL", "return_output_ids": "BOOL", "return_num_input_tokens": "BOOL",
-    "return_num_output_tokens": "BOOL",
+    "return_num_output_tokens": "BOOL", "embedding_bias_words": "BYTES", "embedding_bias_weights": "FP32",
 }  # fmt: skip
 OUTPUTS = {
     "text_output": "BYTES", "finish_reason": "BYTES", "num_input_tokens": "INT32",
@@ -98,6 +98,18 @@ def test_a_request_holds_the_listed_tensors_that_were_asked_for_and_no_others() 
     }  # fmt: skip
     assert request.outputs == ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
     assert request.parameters == {"triton_enable_empty_final_response": True}
+
+
+def test_a_priority_is_a_parameter_of_the_request_and_a_bias_two_tensors() -> None:
+    sampling = SamplingParams(
+        priority_level=1, embedding_bias_words=("a", "b"), embedding_bias_weights=(0.5, -2.0)
+    )
+    request = text_request(metadata(), "hi", sampling, request_id="r1", is_streaming=True)
+    assert request.parameters == {"triton_enable_empty_final_response": True, "priority_level": 1}
+    sent = {tensor.name: (tensor.shape, tensor.values()) for tensor in request.inputs}
+    assert sent["embedding_bias_words"] == ((1, 2), ("a", "b"))
+    assert sent["embedding_bias_weights"] == ((1, 2), (0.5, -2.0))
+    assert "priority_level" not in sent
 
 
 def test_an_older_server_gets_only_what_it_lists() -> None:

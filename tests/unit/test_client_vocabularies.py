@@ -78,7 +78,7 @@ def test_a_model_s_vocabulary_is_read_from_its_inputs() -> None:
 
 
 def test_every_option_of_sampling_is_in_the_text_vocabulary_under_its_own_name() -> None:
-    assert {name: name for name in Params.__dataclass_fields__} == dict(TEXT.inputs)
+    assert {name: name for name in Params.__dataclass_fields__} == {**TEXT.inputs, **TEXT.parameters}
 
 
 # --- LLM API ---
@@ -100,7 +100,7 @@ def test_an_llm_api_request() -> None:
     assert values(stop.inputs) == {"text_input": ("",), "stop": (True,)}
 
 
-@pytest.mark.parametrize("option", ["min_tokens", "repetition_penalty", "end_id"])
+@pytest.mark.parametrize("option", ["min_tokens", "repetition_penalty", "end_id", "priority_level"])
 def test_what_the_llm_api_cannot_do_is_refused(option: str) -> None:
     sampling = SamplingParams.of({option: 2})
     with pytest.raises(UnsupportedError, match=f"{option} cannot be asked of a model of the LLM API"):
@@ -158,6 +158,12 @@ def test_a_token_request() -> None:
             {"stop_words": ["x"]},
             UnsupportedError,
             "stop_words are texts, and this model takes",
+        ),
+        (
+            [1],
+            {"embedding_bias_words": ["x"], "embedding_bias_weights": [1]},
+            UnsupportedError,
+            "embedding_bias_words are texts, and this model takes",
         ),
         ([1], {"return_log_probs": True}, UnsupportedError, "has no input return_log_probs"),
     ],
