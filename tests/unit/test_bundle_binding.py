@@ -16,6 +16,7 @@ import pytest
 from gpu_machine import H100, GpuMachine, make_gpu_machine
 from minitron_build.bundle.binding import check_backend
 from minitron_build.bundle.bundle import MODEL_REPO_DIR, Bundle
+from minitron_build.bundle.manifest import digest_file
 from minitron_build.cli import main
 from minitron_build.errors import MachineError
 from minitron_build.serving import serve
@@ -339,6 +340,106 @@ def test_executor_bundle_needs_tensorrt_llm_in_tritons_python(
     assert started[-1].model_repo == bundle / MODEL_REPO_DIR
 
 
+def make_fp8(bundle: Path) -> None:
+    """Whatever says of the bundle that it is bf16 says fp8."""
+    raw = json.loads((bundle / "manifest.json").read_text())
+    config = json.loads((bundle / ENGINE / "config.json").read_text())
+    config["pretrained_config"]["quantization"]["quant_algo"] = "FP8"
+    (bundle / ENGINE / "config.json").write_text(json.dumps(config))
+    record = json.loads((bundle / ENGINE / "engine.json").read_text())
+    record["files"]["config.json"] = digest_file(bundle / ENGINE / "config.json").as_dict()
+    (bundle / ENGINE / "engine.json").write_text(json.dumps(record))
+    for name in ("config.json", "engine.json"):
+        raw["files"][f"{ENGINE}/{name}"] = digest_file(bundle / ENGINE / name).as_dict()
+    (bundle / "manifest.json").write_text(json.dumps(raw | {"plan": raw["plan"] | {"precision": "fp8"}}))
+
+
+PLANS = {
+    "sm": ("hopper-tp1", {"sm": 100}, f"plan.sm is 100; expected 90, as {ENGINE}/engine.json says"),
+    "no sm": ("hopper-tp1", {"sm": None}, f"plan.sm is None; expected 90, as {ENGINE}/engine.json says"),
+    "sm of a cpu": (
+        "cpu",
+        {"sm": 90},
+        f"plan.sm is 90; expected None, as {ENGINE}, which has no engine, says",
+    ),
+    "arch": ("hopper-tp1", {"arch": "ada"}, "plan.arch is ada; expected hopper, as the manifest's own arch"),
+    "tp": ("hopper-tp2", {"tp_size": 1}, f"plan.tp_size is 1; expected 2, as {ENGINE}/config.json says"),
+    "tp of a cpu": ("cpu", {"tp_size": 2}, "plan.tp_size is 2; expected 1, as checkpoint/config.json says"),
+    "pp": ("hopper-tp1", {"pp_size": 2}, f"plan.pp_size is 2; expected 1, as {ENGINE}/config.json says"),
+    "precision": ("ada-tp1", {"precision": "fp8"}, "plan.precision is fp8; expected bf16, as"),
+    "kv": (
+        "cpu",
+        {"kv_cache_dtype": "fp8"},
+        "plan.kv_cache_dtype is fp8; expected bf16, as checkpoint/config",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_that_is_not_of_the_bundles_files_is_refused(
+    name: str, copy: Path, machine: GpuMachine, refusal: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, changes, said = PLANS[name]
+    manifest = copy / folder / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(raw | {"plan": raw["plan"] | changes}))
+    if folder != "cpu":
+        machine.add_gpus(L40S if folder.startswith("ada") else H100, H100)
+        machine.add_tool()
+    assert f"{manifest}: {said}" in refusal(copy / folder)
+    capsys.readouterr()
+    assert main(["inspect", str(copy / folder), "--skip-hashes"]) == 1
+    assert f"{manifest}: {said}" in capsys.readouterr().err
+
+
+def test_deploy_refuses_a_plan_of_another_engine(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = copy / "hopper-tp2" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tp_size": 2', '"tp_size": 1'))
+    capsys.readouterr()
+    assert main(["deploy", str(copy / "hopper-tp2"), "--compose", str(copy / "minitron.yaml")]) == 1
+    assert "plan.tp_size is 1; expected 2, as" in capsys.readouterr().err
+    assert not (copy / "minitron.yaml").exists()
+
+
+LINKS = ("model_repo", "model_repo/preprocessing", "model_repo/preprocessing/1/tokenizer.json")
+
+
+@pytest.mark.parametrize("flags", [(), ("--skip-hashes",)])
+@pytest.mark.parametrize("name", LINKS)
+def test_inspect_sees_a_link(
+    name: str, flags: tuple[str, ...], copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "cpu" / name).rename(tmp_path / "elsewhere")
+    (copy / "cpu" / name).symlink_to(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(["inspect", str(copy / "cpu"), *flags]) == 1
+    assert capsys.readouterr().err == (
+        f"minitron: {copy / 'cpu'}: {name}: a link to {tmp_path / 'elsewhere'}; expected the bundle "
+        "as it was built; copy it with what its links lead to: cp -rL, rsync -L\n"
+    )
+
+
+def test_inspect_sees_another_model_that_is_a_link(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "cpu" / "model_repo" / "more").symlink_to(copy / "hopper-tp1")
+    capsys.readouterr()
+    assert main(["inspect", str(copy / "cpu")]) == 1
+    assert "model_repo/more: a link to" in capsys.readouterr().err
+
+
+def test_a_bundle_behind_a_link_is_a_bundle(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "current").symlink_to(copy / "cpu", target_is_directory=True)
+    assert main(["inspect", str(copy / "current")]) == 0
+    assert "none missing, none extra" in capsys.readouterr().out
+
+
+def test_inspect_compares_sizes_without_hashes(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (copy / "cpu" / "model_repo" / "preprocessing" / "1" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    capsys.readouterr()
+    assert main(["inspect", str(copy / "cpu"), "--skip-hashes"]) == 1
+    assert "tokenizer.json: " in capsys.readouterr().err
+
+
 class TestRoot:
     """Several bundles under one root."""
 
@@ -375,8 +476,7 @@ class TestRoot:
     def test_fp8_comes_before_more_ranks(
         self, copy: Path, machine: GpuMachine, serve_root: Callable[[Path], tuple[str, list[str]]]
     ) -> None:
-        manifest = copy / "hopper-tp1" / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"precision": "bf16"', '"precision": "fp8"'))
+        make_fp8(copy / "hopper-tp1")
         machine.add_gpus(H100, H100)
         machine.add_tool()
         name, said = serve_root(copy)

@@ -89,16 +89,27 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
         engine_dir.mkdir(parents=True)
         for rank in range(num_engines):
             (engine_dir / f"rank{rank}.engine").write_bytes(bytes(1000))
-        (engine_dir / "config.json").write_text("{}")
+        write_engine_facts(engine_dir, plan)
         files = {str(file.relative_to(path)): digest_file(file) for file in path.rglob("*") if file.is_file()}
         limits = {"max_batch_size": 64, "max_input_len": 8192, "max_seq_len": 9216, "max_num_tokens": 8192}
-        record = {"sm": 90, "precision": "fp8", "tp_size": 1, "pp_size": 1, "limits": limits} | plan
+        record = {"arch": arch, "sm": 90, "precision": "fp8", "kv_cache_dtype": "fp8", "limits": limits}
+        record = record | {"tp_size": 1, "pp_size": 1} | plan
         gpu = {"name": "NVIDIA H100 80GB HBM3", "sm": 90}
         manifest = Manifest(arch, {"name": "minitron"}, record, {}, files, gpu=gpu)
         (path / "manifest.json").write_text(manifest.dump())
         return Bundle.load(path)
 
     return make
+
+
+def write_engine_facts(engine_dir: Path, plan: dict[str, Any]) -> None:
+    """What an engine says of itself, as large as the plan has it."""
+    config = json.loads((GOLDEN_DATA / "resolved_build_90_fp8.json").read_text())["engine_config"]
+    sizes = {name: plan.get(name, 1) for name in ("tp_size", "pp_size")}
+    config["pretrained_config"]["mapping"] |= sizes | {"world_size": sizes["tp_size"] * sizes["pp_size"]}
+    (engine_dir / "config.json").write_text(json.dumps(config))
+    record = {"schema": 1, "plan_digest": "", "sm": 90, "gpu": None, "container": None, "argv": []}
+    (engine_dir / "engine.json").write_text(json.dumps(record | {"versions": {}, "files": {}}))
 
 
 def deployment(world_size: int = 1, **changes: Any) -> Deployment:
@@ -140,7 +151,8 @@ def test_bundle_gives_the_numbers(make_bundle: MakeBundle) -> None:
     found = Deployment.of(bundle)
     assert (found.world_size, found.sm, found.image) == (4, 90, "mirror/triton:26.06")
     assert found.gpu == "NVIDIA H100 80GB HBM3"
-    assert (found.engine_bytes, found.bundle_bytes) == (4000, 4002)
+    facts = sum((bundle.path / ENGINE_DIR / name).stat().st_size for name in ("config.json", "engine.json"))
+    assert (found.engine_bytes, found.bundle_bytes) == (4000, 4000 + facts)
     assert found.manifest_sha256 == digest_file(bundle.path / "manifest.json").sha256
     assert Deployment.of(make_bundle("plain")).image == serving_container()
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitron_build.bundle.agreement import check_plan
 from minitron_build.bundle.bundle import MODEL_REPO_DIR, Bundle
 from minitron_build.engine.engine import PACKAGES, find_build_tool
 from minitron_build.engine.engine_config import EngineConfig
@@ -146,10 +147,11 @@ def check_fit(bundle: Bundle, machine: ServingMachine) -> BundleEngine | None:
         The engine; None for a bundle that runs on the CPU.
 
     Raises:
-        CheckpointError: the bundle's engine is not whole, or its files contradict each other.
+        CheckpointError: the bundle's engine is not whole, or its files or its plan contradict each other.
         MachineError: GPU, driver, backend or a version is not what the engine needs.
     """
     engine = BundleEngine.read(bundle)
+    check_plan(bundle)
     if engine is not None:
         _check_gpus(engine, machine)
     engine_backend = str(bundle.manifest.plan.get("engine_backend") or "cpp")

@@ -7,6 +7,7 @@ nothing of Triton's process.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -65,8 +66,27 @@ class Bundle:
         """Compare every file with the manifest: first names and sizes, then digests, on all cores.
 
         Raises:
-            CheckpointError: names the first file that is missing, extra or changed.
+            CheckpointError: names the first file that is missing, extra, a link or changed.
         """
+        self.check_sizes()
+        wanted = self.manifest.files
+        with ThreadPoolExecutor() as pool:
+            for name, digest in zip(
+                wanted, pool.map(lambda name: digest_file(self.path / name), wanted), strict=True
+            ):
+                if digest != wanted[name]:
+                    raise self._changed(name, "other bytes than when it was built")
+
+    def check_sizes(self) -> None:
+        """Compare names and sizes with the manifest; what they lead to outside the bundle is not the bundle.
+
+        Raises:
+            CheckpointError: as `check_files`.
+        """
+        link = next(_links_of(self.path), None)
+        if link is not None:
+            target = f"a link to {(self.path / link).readlink()}"
+            raise self._changed(link, target, "copy it with what its links lead to: cp -rL, rsync -L")
         wanted, found = self.manifest.files, set(_files_of(self.path))
         for name in sorted(wanted.keys() | found):
             if name not in found:
@@ -77,19 +97,13 @@ class Bundle:
                 raise self._changed(
                     name, f"{(self.path / name).stat().st_size} bytes, not {wanted[name].size_bytes}"
                 )
-        with ThreadPoolExecutor() as pool:
-            for name, digest in zip(
-                wanted, pool.map(lambda name: digest_file(self.path / name), wanted), strict=True
-            ):
-                if digest != wanted[name]:
-                    raise self._changed(name, "other bytes than when it was built")
 
-    def _changed(self, name: str, what: str) -> CheckpointError:
+    def _changed(self, name: str, what: str, todo: str = "copy or build it again") -> CheckpointError:
         return CheckpointError(
             f"{name}: {what}",
             expected="the bundle as it was built",
             where=str(self.path),
-            todo="copy or build it again",
+            todo=todo,
         )
 
 
@@ -194,6 +208,14 @@ def _files_of(path: Path) -> Iterator[str]:
         name = file.relative_to(path)
         if file.is_file() and name.name != MANIFEST_NAME and "__pycache__" not in name.parts:
             yield name.as_posix()
+
+
+def _links_of(path: Path) -> Iterator[str]:
+    """Symbolic links in a bundle by their path in it; what a link leads to is not looked at."""
+    for folder, folders, files in os.walk(path):
+        for name in sorted((*folders, *files)):
+            if os.path.islink(os.path.join(folder, name)):
+                yield (Path(folder) / name).relative_to(path).as_posix()
 
 
 def _digests(

@@ -229,13 +229,13 @@ def _engine_facts(config: EngineConfig, path: Path, record: EngineRecord | None)
 
 
 def _inspect_bundle(path: Path, skip_hashes: bool) -> Report:
+    from minitron_build.bundle.agreement import check_plan
     from minitron_build.bundle.bundle import Bundle
 
     bundle = Bundle.load(path)
-    checks: tuple[str, ...] = ()
-    if not skip_hashes:
-        bundle.check_files()
-        checks = (f"sha256 of {len(bundle.manifest.files)} files, none missing, none extra",)
+    (bundle.check_sizes if skip_hashes else bundle.check_files)()
+    what = "sizes" if skip_hashes else "sha256"
+    checks = (f"{what} of {len(bundle.manifest.files)} files, none missing, none extra", check_plan(bundle))
     # Every byte below was hashed just now.
     parts = [
         _reader_of(folder)(folder, True)

@@ -47,6 +47,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Refuse what cannot be, compare the bundle with its manifest, write, print where and what next."""
+    from minitron_build.bundle.agreement import check_plan
     from minitron_build.bundle.bundle import Bundle
     from minitron_build.deploy.deploy_compose import ComposeAccess
     from minitron_build.deploy.deployment import Deployment
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     check_access(args)
     bundle = Bundle.load(args.bundle)
     deployment = Deployment.of(bundle)
+    check_plan(bundle)
     output = args.kubernetes or args.compose
     check_output(output, bundle.path, is_chart=args.kubernetes is not None, force=args.force)
     if not args.skip_hashes:
