@@ -107,7 +107,7 @@ def _run_verb(args: argparse.Namespace) -> int:
         if args.debug:
             raise
         print(f"minitron: {_one_line(error)}", file=sys.stderr)
-        return EXIT_REFUSED
+        return EXIT_USAGE if getattr(error, "is_bad_usage", False) else EXIT_REFUSED
 
 
 def _interrupted() -> int:

@@ -1,9 +1,10 @@
 """What the build side raises, and the one line a user reads.
 
     MinitronError
-    ├── RefusedError        found, expected, where, what to do: nothing was written (exit 1)
+    ├── RefusedError        found, expected, where, what to do: nothing was written (exit 1, but for one)
     │   ├── CheckpointError   the HF or TensorRT-LLM checkpoint is not what it must be
     │   ├── PlanError         the request contradicts itself, the model or the target
+    │   │   └── UsageError      flags of which one makes another meaningless (exit 2)
     │   └── MachineError      this machine lacks something: a package, memory, disk, a port, a GPU
     ├── GateError           measured, and not good enough (exit 1)
     └── StageError          work had begun and failed; nothing that looks whole was left (exit 1)
@@ -42,6 +43,12 @@ class CheckpointError(RefusedError):
 
 class PlanError(RefusedError):
     """The request contradicts itself, the model or the target."""
+
+
+class UsageError(PlanError):
+    """Flags that do not go together, whatever they are about."""
+
+    is_bad_usage = True
 
 
 class MachineError(RefusedError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_client.errors import InvalidValueError
+from minitron_client.flag_types import UsageError, checked, integer, seconds
 from minitron_client.settings import (
     API_KEY_VARIABLE,
     DEFAULT_CONNECT_TIMEOUT_S,
@@ -22,6 +23,8 @@ from minitron_client.settings import (
     TLS_VARIABLES,
     URL_VARIABLE,
     TlsConfig,
+    check_urls,
+    checked_headers,
 )
 
 
@@ -29,16 +32,21 @@ def add_connection_flags(parser: argparse.ArgumentParser, *, timeout_s: float = 
     """Add the flags; `client_options` reads them."""
     group = parser.add_argument_group("server")
     group.add_argument(
-        "--url", help=f"HOST:PORT of gRPC, or several with commas (default ${URL_VARIABLE} or {DEFAULT_URL})"
-    )
-    group.add_argument("--model", default=DEFAULT_MODEL, help="model that answers (default %(default)s)")
-    group.add_argument("--timeout-s", type=float, default=timeout_s, metavar="S", help="default %(default)s")
+        "--url", type=checked(check_urls), metavar="URL",
+        help=f"HOST:PORT of gRPC, or several with commas (default ${URL_VARIABLE} or {DEFAULT_URL})",
+    )  # fmt: skip
     group.add_argument(
-        "--connect-timeout-s", type=float, default=DEFAULT_CONNECT_TIMEOUT_S, metavar="S",
+        "--model", type=_model, default=DEFAULT_MODEL, help="model that answers (default %(default)s)"
+    )
+    group.add_argument(
+        "--timeout-s", type=seconds, default=timeout_s, metavar="S", help="default %(default)s"
+    )
+    group.add_argument(
+        "--connect-timeout-s", type=seconds, default=DEFAULT_CONNECT_TIMEOUT_S, metavar="S",
         help="default %(default)s",
     )  # fmt: skip
     group.add_argument(
-        "--max-retries", type=int, default=DEFAULT_MAX_RETRIES, metavar="N", help="default %(default)s"
+        "--max-retries", type=integer(0), default=DEFAULT_MAX_RETRIES, metavar="N", help="default %(default)s"
     )
     group.add_argument(
         "--api-key-file",
@@ -53,6 +61,7 @@ def add_connection_flags(parser: argparse.ArgumentParser, *, timeout_s: float = 
         group.add_argument(flag, dest=f"tls_{name}", metavar=metavar, help=f"default ${variable}")
     group.add_argument(
         "--header",
+        type=checked(_header),
         action="append",
         default=[],
         metavar="NAME:VALUE",
@@ -64,7 +73,8 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `MinitronClient` and of `AsyncMinitronClient`.
 
     Raises:
-        InvalidValueError: a file cannot be read, or a header has no colon.
+        UsageError: a certificate without its key, or the other way round.
+        InvalidValueError: a file cannot be read.
     """
     return {
         "url": args.url,
@@ -74,12 +84,14 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_retries": args.max_retries,
         "tls": _tls(args),
         "api_key": _api_key(args.api_key_file),
-        "headers": dict(_header(text) for text in args.header),
+        "headers": dict(args.header),
     }
 
 
 def _tls(args: argparse.Namespace) -> TlsConfig | None:
     given = {name: value for name in TLS_VARIABLES if (value := getattr(args, f"tls_{name}"))}
+    if ("cert_file" in given) != ("key_file" in given):
+        raise UsageError("mutual TLS needs --tls-cert and --tls-key; give both or neither")
     return TlsConfig(**given) if given or args.tls else None
 
 
@@ -98,5 +110,12 @@ def _api_key(path: Path | None) -> str | None:
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon:
-        raise InvalidValueError(f"--header {text!r} has no colon; write NAME:VALUE")
+        raise InvalidValueError(f"{text!r} has no colon; write NAME:VALUE")
+    checked_headers({name.strip(): value.strip()})
     return name.strip(), value.strip()
+
+
+def _model(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a model")
+    return text

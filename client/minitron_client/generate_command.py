@@ -14,12 +14,12 @@ from pathlib import Path
 from minitron_client.client import MinitronClient
 from minitron_client.connection_flags import add_connection_flags, client_options
 from minitron_client.errors import InvalidValueError
+from minitron_client.flag_types import UsageError, integer
 from minitron_client.results import Completion
 from minitron_client.sampling import SamplingParams
 from minitron_client.sampling_flags import add_sampling_flags, sampling_of
 
 DEFAULT_CONCURRENCY = 32
-EXIT_USAGE = 2
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="an answer a line, in the same order; run again, only what is missing is asked",
     )  # fmt: skip
     many.add_argument(
-        "--concurrency", type=int, default=DEFAULT_CONCURRENCY, metavar="N",
+        "--concurrency", type=integer(1), default=DEFAULT_CONCURRENCY, metavar="N",
         help="requests at once (default %(default)s)",
     )  # fmt: skip
     add_sampling_flags(parser)
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print; Ctrl-C cancels on the server on its way out.
 
     Returns:
-        0 when every completion came; 1 when one of a batch failed; 2 for flags that do not go together.
+        0 when every completion came; 1 when one of a batch failed.
+
+    Raises:
+        UsageError: flags that do not go together.
     """
-    problem = _usage_problem(args)
-    if problem:
-        print(f"minitron: {problem}", file=sys.stderr)
-        return EXIT_USAGE
+    _check_together(args)
     sampling = sampling_of(args)
     if args.batch is not None:
         return _run_batch(args, sampling)
@@ -74,18 +74,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _usage_problem(args: argparse.Namespace) -> str | None:
-    """What is wrong with the flags as they stand together."""
+def _check_together(args: argparse.Namespace) -> None:
     if (args.batch is None) != (args.output is None):
-        return "--batch and --output belong together; give both"
+        raise UsageError("--batch and --output belong together; give both")
     if args.batch is not None:
         has_own = args.prompt is not None or args.prompt_file is not None or args.stream
-        return (
-            "--batch has its own prompts; leave out PROMPT, --prompt-file and --stream" if has_own else None
-        )
-    if (args.prompt is None) == (args.prompt_file is None):
-        return "give one of PROMPT, - for stdin, --prompt-file and --batch"
-    return None
+        if has_own:
+            raise UsageError("--batch has its own prompts; leave out PROMPT, --prompt-file and --stream")
+    elif (args.prompt is None) == (args.prompt_file is None):
+        raise UsageError("give one of PROMPT, - for stdin, --prompt-file and --batch")
 
 
 def _prompt(args: argparse.Namespace) -> str:

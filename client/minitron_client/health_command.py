@@ -13,6 +13,7 @@ import os
 from minitron_client.client import MinitronClient
 from minitron_client.connection_flags import add_connection_flags, client_options
 from minitron_client.errors import MinitronClientError, ServerConnectionError
+from minitron_client.flag_types import seconds
 from minitron_client.load import DEFAULT_METRICS_PORT, ServerLoad, read_load
 from minitron_client.results import Health
 from minitron_client.settings import DEFAULT_CONNECT_TIMEOUT_S
@@ -24,7 +25,7 @@ METRICS_URL_VARIABLE = "MINITRON_METRICS_URL"
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minitron health`."""
     parser.add_argument(
-        "--wait-s", type=float, metavar="S", help="wait so long at most until server and model are ready"
+        "--wait-s", type=seconds, metavar="S", help="wait so long at most until server and model are ready"
     )
     parser.add_argument(
         "--metrics-url",
@@ -34,7 +35,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--interval-s",
-        type=float,
+        type=seconds,
         default=1.0,
         metavar="S",
         help="tokens per second are counted for so long (default %(default)g)",

@@ -111,7 +111,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in _RANGES:
-            object.__setattr__(self, name, _checked_number(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_number(name, getattr(self, name)))
         for name in _WORDS:
             object.__setattr__(self, name, _checked_words(name, getattr(self, name)))
         object.__setattr__(self, _WEIGHTS, _checked_weights(self.embedding_bias_weights))
@@ -190,8 +190,12 @@ def _is_unset(name: str, value: object) -> bool:
     return value is None or value is False or value == () or (name in ("temperature", "top_k") and value == 0)
 
 
-def _checked_number(name: str, value: object) -> int | float | None:
-    """The value as a plain int or float; numpy's scalars are taken too."""
+def checked_number(name: str, value: object) -> int | float | None:
+    """The value of an option as a plain int or float; numpy's scalars are taken too.
+
+    Raises:
+        InvalidValueError: it is of the wrong kind, or out of the option's range.
+    """
     if value is None and name != "max_tokens":
         return None
     allowed = _RANGES[name]

@@ -163,6 +163,17 @@ def check_url(url: str) -> str:
     return url
 
 
+def check_urls(text: str) -> str:
+    """Addresses with commas between them, if each is HOST:PORT.
+
+    Raises:
+        InvalidValueError: one is not.
+    """
+    for url in text.split(","):
+        check_url(url.strip())
+    return text
+
+
 def checked_seconds(name: str, value: float) -> float:
     """The seconds as a float, if they are positive and finite.
 

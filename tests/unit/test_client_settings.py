@@ -174,5 +174,3 @@ def test_flags_that_cannot_be_used(tmp_path: Path) -> None:
         options("--api-key-file", str(empty))
     with pytest.raises(InvalidValueError, match="cannot be read"):
         options("--api-key-file", str(tmp_path / "nope"))
-    with pytest.raises(InvalidValueError, match="has no colon; write NAME:VALUE"):
-        options("--header", "x")

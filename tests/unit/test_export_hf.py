@@ -76,12 +76,13 @@ def test_refusals(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def refused(*arguments: object) -> str:
-        assert export(*arguments) == 1  # type: ignore[arg-type]
+    def refused(*arguments: object, code: int = 1) -> str:
+        assert export(*arguments) == code  # type: ignore[arg-type]
         return capsys.readouterr().err.splitlines()[-1]
 
     out, flags = tmp_path / "out", ("--calibration", str(calibrated))
-    assert "--calib-samples with --calibration" in refused(tiny_minitron, out, *flags, "--calib-samples", "4")
+    both = refused(tiny_minitron, out, *flags, "--calib-samples", "4", code=2)
+    assert "--calib-samples with --calibration" in both
     assert "calibration.json is missing" in refused(tiny_minitron, out, "--calibration", str(tmp_path))
     (tmp_path / "bundle" / "model_repo").mkdir(parents=True)
     (tmp_path / "bundle" / "manifest.json").write_text("{}")

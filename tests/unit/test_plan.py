@@ -213,6 +213,7 @@ def test_model_with_few_positions_gets_what_it_has(real: ModelConfig) -> None:
             "gemm_swiglu_plugin=fp8 on SM 100",
         ),
         ({"arch": "hopper", "kv_cache_fraction": 0}, "--kv-cache-fraction is 0"),
+        ({"arch": "hopper", "gpu_memory_gb": 0}, "--gpu-memory-gb is 0"),
         ({"arch": "hopper", "gpu": "L4"}, "--gpu L4 is SM 89; expected hopper"),
         ({"arch": "hopper", "gpu": "H300"}, "--gpu H300; expected one of"),
         ({"tp_size": 3}, "--tp-size 3 does not divide"),

@@ -134,14 +134,14 @@ def test_batch_is_what_typical_requests_allow(memory_gb: float, batch: int) -> N
 def test_too_small_a_gpu_is_refused_with_the_limit_to_lower() -> None:
     fit = fit_gpu(model("bf16"), 12 * 10**9, replace(LIMITS, max_batch_size=1), 0.9)
     with pytest.raises(DoesNotFitError) as caught:
-        check_fit(fit, LIMITS, "12 GB GPU", is_fp8_possible=True)
+        check_fit(fit, LIMITS, "12 GB GPU", kv_cache_fraction=0.9, is_fp8_possible=True)
     message = str(caught.value)
     assert f"lower --max-seq-len to {fit.kv_cache_tokens} or less with --max-input-len below it" in message
     assert "9216 tokens, one request of --max-seq-len; " in message
     assert "--precision fp8" in message
     assert caught.value.fit is fit
     lower = Limits(1, fit.kv_cache_tokens - 1, fit.kv_cache_tokens, 8192)
-    check_fit(fit, lower, "12 GB GPU", is_fp8_possible=True)
+    check_fit(fit, lower, "12 GB GPU", kv_cache_fraction=0.9, is_fp8_possible=True)
 
 
 def test_too_small_for_the_weights_names_what_would_help() -> None:
@@ -149,7 +149,21 @@ def test_too_small_for_the_weights_names_what_would_help() -> None:
     with pytest.raises(
         DoesNotFitError, match=r"KV cache of 0 tokens.*; use more ranks .--tp-size. or a larger"
     ):
-        check_fit(fit, LIMITS, "8 GB GPU", is_fp8_possible=False)
+        check_fit(fit, LIMITS, "8 GB GPU", kv_cache_fraction=0.9, is_fp8_possible=False)
+
+
+def test_a_small_fraction_is_named_with_the_one_that_is_enough() -> None:
+    whole = int(24e9)
+    fit = fit_gpu(model("bf16"), whole, LIMITS, 0.001)
+    with pytest.raises(DoesNotFitError, match=r"raise --kv-cache-fraction 0.001 to ") as caught:
+        check_fit(fit, LIMITS, "24 GB GPU", kv_cache_fraction=0.001, is_fp8_possible=False)
+    enough = float(str(caught.value).split("--kv-cache-fraction 0.001 to ")[1].split()[0])
+    assert fit_gpu(model("bf16"), whole, LIMITS, enough).kv_cache_tokens >= LIMITS.max_seq_len
+    assert fit_gpu(model("bf16"), whole, LIMITS, enough - 0.01).kv_cache_tokens < LIMITS.max_seq_len
+    hopeless = fit_gpu(model("bf16"), 12 * 10**9, LIMITS, 0.5)
+    with pytest.raises(DoesNotFitError) as caught:
+        check_fit(hopeless, LIMITS, "12 GB GPU", kv_cache_fraction=0.5, is_fp8_possible=False)
+    assert "--kv-cache-fraction" not in str(caught.value)
 
 
 def test_stages_need_what_they_hold() -> None:

@@ -220,14 +220,7 @@ def test_verb_fails_with_one_line(fp8: Path, capsys: pytest.CaptureFixture[str])
         ([], "does not say where its source is; give the Hugging Face checkpoint"),
         (["--against", "demo", "--gpu"], "no CUDA device"),
         (["--skip-source"], "a checkpoint alone has no tokenizer"),
-        (["--skip-source", "--suggest"], "--skip-source with --suggest; leave one of the two out"),
-        (
-            ["--skip-source", "--skip", "repeat-prompt"],
-            "--skip-source with --skip repeat-prompt leaves nothing to check; leave one of the two out",
-        ),
-        (["--url", "127.0.0.1:1", "--suggest"], "--suggest with --url; give the source too: --against"),
         (["--against", "demo", "--html", "/nowhere/report.html"], "/nowhere: no such folder"),
-        (["--against", "demo", "--eval-samples", "0"], "num_samples is 0; expected 1 or more"),
         (["--against", "demo", "--eval-data", "missing.txt"], "missing.txt: No such file or directory"),
     ],
 )
@@ -235,6 +228,23 @@ def test_refusals(fp8: Path, argv: list[str], message: str, capsys: pytest.Captu
     assert main(["verify", str(fp8), *argv]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert message in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--skip-source", "--suggest"], "--skip-source with --suggest; leave one of the two out"),
+        (
+            ["--skip-source", "--skip", "repeat-prompt"],
+            "--skip-source with --skip repeat-prompt leaves nothing to check; leave one of the two out",
+        ),
+        (["--url", "127.0.0.1:1", "--suggest"], "--suggest with --url; give the source too: --against"),
+        (["--against", "demo", "--eval-samples", "0"], "expected a whole number from 1, got '0'"),
+    ],
+)
+def test_bad_usage(fp8: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(fp8), *argv]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_no_candidate_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

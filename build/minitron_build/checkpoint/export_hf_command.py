@@ -22,7 +22,7 @@ from minitron_build.calibration.samples import (
     read_calibration_set,
 )
 from minitron_build.checkpoint.fp8_stage import calibration_bar
-from minitron_build.errors import CheckpointError, PlanError
+from minitron_build.errors import CheckpointError, UsageError
 from minitron_build.planning.plan_flags import add_calibration_flags
 from minitron_build.source.hub import DEFAULT_CHECKPOINT, resolve_checkpoint
 from minitron_build.source.model_config import ModelConfig, read_json_object
@@ -85,7 +85,7 @@ def _calibration(args: argparse.Namespace, source: Source) -> CalibrationSet | C
     ]
     if given:
         flag = "--" + given[0].replace("_", "-")
-        raise PlanError(f"{flag} with --calibration", todo="leave one of them out")
+        raise UsageError(f"{flag} with --calibration", todo="leave one of them out")
     folders = (args.calibration, args.calibration / "checkpoint")
     folder = next((path for path in folders if (path / CALIBRATION_NAME).is_file()), None)
     if folder is None:

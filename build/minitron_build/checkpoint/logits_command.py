@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_build.errors import CheckpointError, RefusedError
+from minitron_client.flag_types import integer
 
 COMPUTE_DTYPE_NAMES = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
@@ -25,7 +26,11 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         "--input-ids", type=Path, required=True, metavar="FILE.json", help="list of lists of ids"
     )
     parser.add_argument(
-        "--top-k", type=int, default=DEFAULT_TOP_K, metavar="N", help="logits per sequence (%(default)s)"
+        "--top-k",
+        type=integer(1),
+        default=DEFAULT_TOP_K,
+        metavar="N",
+        help="logits per sequence (%(default)s)",
     )
     parser.add_argument(
         "--compute-dtype", choices=COMPUTE_DTYPE_NAMES, default="float32", help="arithmetic (%(default)s)"

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitron_build.errors import CheckpointError, PlanError
+from minitron_build.errors import CheckpointError, PlanError, UsageError
 
 if TYPE_CHECKING:
     from minitron_build.bundle.bundle import Bundle
@@ -73,10 +73,11 @@ def check_access(args: argparse.Namespace) -> None:
     """Refuse what the form that is written does not take.
 
     Raises:
-        PlanError: a flag of Compose beside --kubernetes, or a folder without certificate and key.
+        UsageError: a flag of Compose beside --kubernetes.
+        PlanError: a folder without certificate and key.
     """
     if args.kubernetes is not None and (args.api_key or args.tls is not None):
-        raise PlanError(
+        raise UsageError(
             "--api-key and --tls are for --compose",
             expected="the chart's values",
             todo="helm upgrade --set auth.apiKeySecret=NAME --set tls.secretName=NAME",

@@ -6,6 +6,7 @@ Weights and KV cache are exact; activations are an estimate whose formula is wri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import prod
 
@@ -28,6 +29,8 @@ ENGINE_SLACK_BYTES = 4 << 30
 BUNDLE_DISK_BYTES = 64 << 20
 """Tokenizer, configs and the Python of the models."""
 KV_BLOCK_TOKENS = 32
+MAX_ADVISED_FRACTION = 0.9
+"""TensorRT-LLM's own default: more leaves nothing for what the estimate misses."""
 NOTHING_EXCLUDED = Excluded()
 
 
@@ -212,11 +215,14 @@ def auto_batch(
     return batch
 
 
-def check_fit(fit: GpuFit, limits: Limits, where: str, *, is_fp8_possible: bool) -> None:
+def check_fit(
+    fit: GpuFit, limits: Limits, where: str, *, kv_cache_fraction: float, is_fp8_possible: bool
+) -> None:
     """Refuse a GPU that cannot hold one request of full length.
 
     Args:
         where: the GPU in the user's words.
+        kv_cache_fraction: what the fit was reckoned with.
         is_fp8_possible: the GPU has FP8 and the plan does not use it yet.
 
     Raises:
@@ -230,7 +236,20 @@ def check_fit(fit: GpuFit, limits: Limits, where: str, *, is_fp8_possible: bool)
         if limits.max_input_len >= fit.kv_cache_tokens:
             lower += " with --max-input-len below it"
         todo = f"{lower}, or {todo}"
+    enough = _enough_fraction(fit, limits, kv_cache_fraction)
+    if enough is not None:
+        todo = f"raise --kv-cache-fraction {kv_cache_fraction:g} to {enough:g} or more, or {todo}"
     raise DoesNotFitError(fit, limits, where=where, todo=todo)
+
+
+def _enough_fraction(fit: GpuFit, limits: Limits, fraction: float) -> float | None:
+    """The fraction, to two places, with which one request of full length fits; None where none does."""
+    free_bytes = fit.kv_cache_bytes / fraction
+    blocks = math.ceil(limits.max_seq_len / KV_BLOCK_TOKENS)
+    wanted_bytes = blocks * KV_BLOCK_TOKENS * fit.kv_cache_bytes_per_token
+    if wanted_bytes > MAX_ADVISED_FRACTION * free_bytes:
+        return None
+    return math.ceil(100 * wanted_bytes / free_bytes) / 100
 
 
 def stage_needs(model: ModelBytes, activations: int) -> dict[str, StageNeed]:

@@ -270,9 +270,10 @@ def _gpu_plan(
         has_chunked_context=values["use_paged_context_fmha"] == "enable",
         tokens_per_block=int(values.get("tokens_per_block", 32)),
     )
-    fit = fit_gpu(model, gpu.memory_bytes, limits, request.kv_cache_fraction)
+    fraction = request.kv_cache_fraction
+    fit = fit_gpu(model, gpu.memory_bytes, limits, fraction)
     is_fp8_possible = model.precision != "fp8" and "fp8" in target.precisions
-    check_fit(fit, limits, gpu.name, is_fp8_possible=is_fp8_possible)
+    check_fit(fit, limits, gpu.name, kv_cache_fraction=fraction, is_fp8_possible=is_fp8_possible)
     container = Decision(
         "container",
         serving_container(),
@@ -300,7 +301,7 @@ def _gpu_plan(
         trtllm_build_argv=argv,
         versions={"toolkit": __version__, **PIN.as_dict()},
         container=container.value,
-        kv_cache_fraction=request.kv_cache_fraction,
+        kv_cache_fraction=fraction,
         engine_backend=request.engine_backend,
     )
 

@@ -20,6 +20,7 @@ from minitron_build.source.hf_checkpoint import check_folder
 from minitron_build.source.hub import resolve_config
 from minitron_build.source.model_config import ModelConfig
 
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 HEADERS = (
     *("GPU", "arch", "memory GB", "precision", "fits", "weights GB", "activations GB", "KV KiB/token"),
     *("KV tokens", "full requests", "batch", "decode@1", "decode@batch", "decode@full cache", "prefill"),
@@ -31,12 +32,20 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     add_plan_flags(parser, auto_arch="every GPU model of the table, and this machine's")
     parser.add_argument("--json", action="store_true", help="JSON on the last line")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="throughput ceiling and KV capacity over batch size"
+        "--plot", type=_plot, metavar="FILE.png", help="throughput ceiling and KV capacity over batch size"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; the last line is JSON with --json."""
+    """Print the table; the last line is JSON with --json.
+
+    Raises:
+        PlanError: nothing fits, or the plot's folder is not there; nothing was printed.
+    """
+    if args.plot is not None and not args.plot.parent.is_dir():
+        raise PlanError(
+            "no such folder", expected="a folder that exists", where=f"--plot {args.plot}", todo="make it"
+        )
     source = resolve_config(args.checkpoint, args.revision)
     check_folder(source.hf_dir)
     config, request = ModelConfig.read(source.hf_dir), plan_request(args)
@@ -57,6 +66,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"source": source.name, "gpus": [row.as_dict() for row in rows]}))
     return 0
+
+
+def _plot(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in PLOT_FORMATS:
+        raise argparse.ArgumentTypeError(
+            f"expected a name that ends in {' or '.join(PLOT_FORMATS)}, got {text!r}"
+        )
+    return path
 
 
 def _run_cpu(args: argparse.Namespace, plan: BuildPlan) -> int:

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from minitron_build.errors import PlanError
 from minitron_build.planning.outlook import Outlook, decode_ceiling
 from minitron_build.source.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg", ".pdf")
 MAX_BATCH = 1024
 
 
@@ -27,15 +25,7 @@ class LineStyle(NamedTuple):
 
 
 def write_plot(path: Path, source: str, config: ModelConfig, rows: tuple[Outlook, ...]) -> None:
-    """Write the plot; rows that do not fit are left out.
-
-    Raises:
-        PlanError: the folder does not exist, or the name ends in no format of FORMATS.
-    """
-    if path.suffix not in FORMATS:
-        raise PlanError(f"--plot {path}", expected=f"a name that ends in {' or '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise PlanError(f"--plot {path}", expected="a folder that exists", where=str(path.parent))
+    """Write the plot, in the format that its name ends in; rows that do not fit are left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9), layout="constrained")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from minitron_build.serving.triton_server import ServerOptions, TritonServer, free_ports
 from minitron_build.source.hub import DEMO
+from minitron_client.sampling_flags import sampling_number
 
 if TYPE_CHECKING:
     from minitron_client import Completion, SamplingParams
@@ -59,12 +60,19 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         "prompt", nargs="?", default=DEFAULT_PROMPT, metavar="PROMPT", help="text to go on from"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="default: %(default)s"
+        "--max-tokens",
+        type=sampling_number("max_tokens", int),
+        default=DEFAULT_MAX_TOKENS,
+        metavar="N",
+        help="default: %(default)s",
     )
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="sample instead of taking the likeliest token"
+        "--temperature",
+        type=sampling_number("temperature", float),
+        metavar="T",
+        help="sample instead of taking the likeliest token",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="sample, repeatably")
+    parser.add_argument("--seed", type=sampling_number("seed", int), metavar="N", help="sample, repeatably")
     parser.add_argument(
         "--checkpoint", default=DEMO, metavar="DIR|demo", help="another model (default: %(default)s)"
     )

@@ -26,6 +26,7 @@ from minitron_build.serving.triton_security import (
 )
 from minitron_build.serving.triton_server import LOOPBACK, ServerOptions, TritonServer, check_before_start
 from minitron_build.serving.watch import WatchSettings
+from minitron_client.flag_types import integer, port, seconds, seconds_or_0
 
 if TYPE_CHECKING:
     from minitron_build.bundle.binding import ServingMachine
@@ -56,17 +57,17 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         ("http-port", defaults.http_port),
         ("metrics-port", defaults.metrics_port),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="default: %(default)s")
+        parser.add_argument(f"--{name}", type=port, default=default, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--start-timeout-s",
-        type=float,
+        type=seconds,
         metavar="S",
         help=f"seconds the models may take to load (default: {defaults.start_timeout_s:g}, and what reading "
         "the engine takes)",
     )
     parser.add_argument(
         "--drain-timeout-s",
-        type=float,
+        type=seconds_or_0,
         default=defaults.drain_timeout_s,
         metavar="S",
         help="seconds requests in flight may take after SIGTERM (default: %(default)s)",
@@ -82,7 +83,7 @@ def _add_health_arguments(group: argparse._ArgumentGroup) -> None:
     watch = DEFAULT_CARE.watch
     group.add_argument(
         "--restarts",
-        type=int,
+        type=integer(0),
         default=DEFAULT_CARE.restarts,
         metavar="N",
         help="times in a row Triton is started again when it, a model's process or the tokens are gone; then "
@@ -90,21 +91,21 @@ def _add_health_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--stall-timeout-s",
-        type=float,
+        type=seconds_or_0,
         default=watch.stall_timeout_s,
         metavar="S",
         help="seconds without a token after which the server is given up; 0: never (default: %(default)g)",
     )
     group.add_argument(
         "--probe-interval-s",
-        type=float,
+        type=seconds,
         default=watch.probe_interval_s,
         metavar="S",
         help="an idle server is asked for one token so often (default: %(default)g)",
     )
     group.add_argument(
         "--health-port",
-        type=int,
+        type=port,
         metavar="N",
         help="tell /ready and /live over HTTP there (default: nowhere)",
     )

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitron_build.errors import GateError, MachineError, RefusedError
+from minitron_build.errors import GateError, MachineError, RefusedError, UsageError
 from minitron_build.source.hf_tokenizer import open_tokenizer
 from minitron_build.verify.eval_data import (
     DEFAULT_SAMPLES,
@@ -27,6 +27,8 @@ from minitron_build.verify.models import Arithmetic, open_reference
 from minitron_build.verify.result import PARTS, REPEAT, VerifyResult
 from minitron_build.verify.target import GIVE_SOURCE, Target
 from minitron_build.verify.thresholds import FP8, add_threshold_flags, given_thresholds
+from minitron_client.flag_types import checked, integer
+from minitron_client.settings import check_url
 
 if TYPE_CHECKING:
     from minitron_build.runtime.tokenizer import TextTokenizer
@@ -42,10 +44,27 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     add("path", type=Path, metavar="BUNDLE|CHECKPOINT", help="what is verified")
     add("--against", metavar="DIR|HF_ID|demo", help="the Hugging Face checkpoint it was made from")
     add("--gpu", action="store_true", help="compute on the CUDA device")
-    add("--url", metavar="HOST:PORT", help="hold what a server generates against the reference engine")
+    add(
+        "--url",
+        type=checked(check_url),
+        metavar="HOST:PORT",
+        help="hold what a server generates against the reference engine",
+    )
     add("--eval-data", type=Path, metavar="FILE", help="held-out text: .txt, .jsonl or .json of ids")
-    add("--eval-samples", type=int, default=DEFAULT_SAMPLES, metavar="N", help="sequences (%(default)s)")
-    add("--eval-seq-len", type=int, default=DEFAULT_SEQ_LEN, metavar="N", help="their tokens (%(default)s)")
+    add(
+        "--eval-samples",
+        type=integer(1),
+        default=DEFAULT_SAMPLES,
+        metavar="N",
+        help="sequences (%(default)s)",
+    )
+    add(
+        "--eval-seq-len",
+        type=integer(1),
+        default=DEFAULT_SEQ_LEN,
+        metavar="N",
+        help="their tokens (%(default)s)",
+    )
     add("--skip", action="append", default=[], choices=PARTS, help="leave a part out; may be repeated")
     add("--skip-source", action="store_true", help="only the checks that need no source")
     add("--compute-dtype", choices=COMPUTE_DTYPES, default="float32", help="arithmetic (%(default)s)")
@@ -197,13 +216,13 @@ def _check_together(args: argparse.Namespace) -> None:
     """Refuse flags of which one would be ignored."""
     for flag in ("against", "suggest", "url"):
         if args.skip_source and getattr(args, flag):
-            raise RefusedError(f"--skip-source with --{flag}", todo="leave one of the two out")
+            raise UsageError(f"--skip-source with --{flag}", todo="leave one of the two out")
     if args.skip_source and REPEAT in args.skip:
-        raise RefusedError(
+        raise UsageError(
             f"--skip-source with --skip {REPEAT} leaves nothing to check", todo="leave one of the two out"
         )
     if args.url is not None and args.suggest and args.against is None:
-        raise RefusedError("--suggest with --url", todo="give the source too: --against DIR|HF_ID|demo")
+        raise UsageError("--suggest with --url", todo="give the source too: --against DIR|HF_ID|demo")
 
 
 def _check_writable(path: Path) -> None:

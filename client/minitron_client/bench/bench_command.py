@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from minitron_client.bench.arrivals import ARRIVALS
 from minitron_client.bench.lengths import FORMS, parse_lengths
 from minitron_client.bench.load import Extent, LoadPoint, closed_points, open_points
-from minitron_client.bench.refusal import BenchError
+from minitron_client.bench.refusal import BenchError, BenchUsageError
 from minitron_client.bench.slo import SLO_METRICS, parse_slos
 from minitron_client.bench.trace import TraceRow, read_trace
 from minitron_client.connection_flags import add_connection_flags, client_options
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, compare or draw; 0 done, 1 nothing could be measured, 130 interrupted."""
     _check_files(args)
     if args.compare and args.draw:
-        raise BenchError("--compare and --draw contradict one another; give one of them")
+        raise BenchUsageError("--compare and --draw contradict one another; give one of them")
     if args.compare or args.draw:
         _check_measures_nothing(args)
         return _compare(args) if args.compare else _draw(args)
@@ -139,11 +139,11 @@ def _check_measures_nothing(args: argparse.Namespace) -> None:
     mode = "--compare" if args.compare else "--draw"
     for name in _MEASURING_FLAGS:
         if getattr(args, name) is not None:
-            raise BenchError(f"{mode} measures nothing, so --{name.replace('_', '-')} contradicts it")
+            raise BenchUsageError(f"{mode} measures nothing, so --{name.replace('_', '-')} contradicts it")
     if args.compare and args.csv:
-        raise BenchError("--compare writes no --csv; its last line of stdout is JSON")
+        raise BenchUsageError("--compare writes no --csv; its last line of stdout is JSON")
     if args.draw and args.json:
-        raise BenchError("--draw writes no --json: it would be the same file")
+        raise BenchUsageError("--draw writes no --json: it would be the same file")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -179,7 +179,7 @@ def _draw(args: argparse.Namespace) -> int:
     from minitron_client.bench.result import load_result
 
     if not args.html and not args.csv:
-        raise BenchError("--draw needs --html FILE or --csv FILE")
+        raise BenchUsageError("--draw needs --html FILE or --csv FILE")
     _write_files(load_result(args.draw), [], args)
     print(json.dumps({name: str(getattr(args, name)) for name in FILE_FLAGS if getattr(args, name)}))
     return EXIT_DONE
@@ -250,14 +250,15 @@ def settings_of(args: argparse.Namespace) -> BenchSettings:
     """The flags as settings; every contradiction is refused here, before any call.
 
     Raises:
-        BenchError: see its line.
+        BenchUsageError: flags that say what cannot be; see its line.
+        BenchError: the trace cannot be used.
     """
     from minitron_client.bench.sweep import BenchSettings
 
     trace = read_trace(args.trace) if args.trace else ()
     points = _points(args, trace)
     if trace and (args.prompt_tokens or args.output_tokens):
-        raise BenchError("--trace has lengths of its own; leave --prompt-tokens and --output-tokens out")
+        raise BenchUsageError("--trace has lengths of its own; leave --prompt-tokens and --output-tokens out")
     return BenchSettings(
         points=points,
         extent=_extent(args, points, trace),
@@ -277,15 +278,15 @@ def settings_of(args: argparse.Namespace) -> BenchSettings:
 
 def _points(args: argparse.Namespace, trace: tuple[TraceRow, ...]) -> tuple[LoadPoint, ...]:
     if args.concurrency and args.request_rate:
-        raise BenchError("--concurrency and --request-rate contradict one another; give one of them")
+        raise BenchUsageError("--concurrency and --request-rate contradict one another; give one of them")
     if args.arrival and not args.request_rate:
-        raise BenchError("--arrival belongs to --request-rate; give that too, or leave it out")
+        raise BenchUsageError("--arrival belongs to --request-rate; give that too, or leave it out")
     if args.concurrency:
         return closed_points(args.concurrency)
     if args.request_rate:
         return open_points(args.request_rate, args.arrival or next(iter(ARRIVALS)))
     if not trace:
-        raise BenchError(
+        raise BenchUsageError(
             "no load: give --concurrency 1,8,64 or --request-rate 0.5,2 or a --trace with timestamps"
         )
     last_s = trace[-1].timestamp_s
@@ -316,7 +317,7 @@ def parse_sampling(text: str) -> dict[str, Any]:
     """`temperature=0.8,top_p=0.9`: numbers; what they may be is `SamplingParams`' business.
 
     Raises:
-        BenchError: not NAME=NUMBER.
+        BenchUsageError: not NAME=NUMBER.
     """
     options: dict[str, Any] = {}
     for part in text.split(","):
@@ -326,7 +327,9 @@ def parse_sampling(text: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = None
         if not isinstance(options[name], int | float) or isinstance(options[name], bool):
-            raise BenchError(f"--sampling {part!r}: expected NAME=NUMBER, such as temperature=0.8,top_p=0.9")
+            raise BenchUsageError(
+                f"--sampling {part!r}: expected NAME=NUMBER, such as temperature=0.8,top_p=0.9"
+            )
     return options
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from minitron_client.bench.refusal import BenchError
+from minitron_client.bench.refusal import BenchUsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,7 @@ class Lengths:
         parameters: its numbers, in tokens (SIGMA has no unit).
 
     Raises:
-        BenchError: the parameters do not suit the shape.
+        BenchUsageError: the parameters do not suit the shape.
     """
 
     shape: str
@@ -84,7 +84,7 @@ class Lengths:
             or not all(math.isfinite(value) for value in self.parameters)
             or not shape.is_valid(self.parameters)
         ):
-            raise BenchError(f"lengths {self}: expected {','.join(shape.parameters)} with {shape.wants}")
+            raise BenchUsageError(f"lengths {self}: expected {','.join(shape.parameters)} with {shape.wants}")
 
     def __str__(self) -> str:
         numbers = ",".join(f"{value:g}" for value in self.parameters)
@@ -99,7 +99,7 @@ def parse_lengths(text: str) -> Lengths:
     """`128`, `uniform:64,256`, `normal:128,32` or `lognormal:128,0.5`.
 
     Raises:
-        BenchError: it is none of these.
+        BenchUsageError: it is none of these.
     """
     name, colon, numbers = text.partition(":")
     if not colon:
@@ -109,5 +109,5 @@ def parse_lengths(text: str) -> Lengths:
     except ValueError:
         parameters = ()
     if name not in SHAPES or not parameters:
-        raise BenchError(f"lengths {text!r}: expected {FORMS}")
+        raise BenchUsageError(f"lengths {text!r}: expected {FORMS}")
     return Lengths(name, parameters)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from minitron_client.bench.arrivals import ARRIVALS
-from minitron_client.bench.refusal import BenchError
+from minitron_client.bench.refusal import BenchUsageError
 
 Loop: TypeAlias = Literal["closed", "open", "trace"]
 MAX_CONCURRENCY, MAX_RATE, MAX_DURATION_S = 100_000, 100_000.0, 86_400.0
@@ -36,7 +36,7 @@ class LoadPoint:
 
     def __post_init__(self) -> None:
         if self.loop == "open" and self.arrival not in ARRIVALS:
-            raise BenchError(f"--arrival {self.arrival!r}: expected one of {', '.join(ARRIVALS)}")
+            raise BenchUsageError(f"--arrival {self.arrival!r}: expected one of {', '.join(ARRIVALS)}")
 
     @property
     def label(self) -> str:
@@ -61,15 +61,15 @@ class Extent:
 
     def __post_init__(self) -> None:
         if (self.num_requests is None) == (self.duration_s is None):
-            raise BenchError("--num-requests and --duration-s contradict one another; give one of them")
+            raise BenchUsageError("--num-requests and --duration-s contradict one another; give one of them")
         if self.num_requests is not None and self.num_requests < 1:
-            raise BenchError(f"--num-requests {self.num_requests}: expected at least 1")
+            raise BenchUsageError(f"--num-requests {self.num_requests}: expected at least 1")
         if self.duration_s is not None and not 0 < self.duration_s <= MAX_DURATION_S:
-            raise BenchError(
+            raise BenchUsageError(
                 f"--duration-s {self.duration_s:g}: expected above 0, up to {MAX_DURATION_S:.0f}"
             )
         if self.warmup_requests is not None and self.warmup_requests < 0:
-            raise BenchError(f"--warmup-requests {self.warmup_requests}: expected 0 or more")
+            raise BenchUsageError(f"--warmup-requests {self.warmup_requests}: expected 0 or more")
 
     def num_warmup(self, point: LoadPoint) -> int:
         """Requests before the measured ones.
@@ -85,12 +85,14 @@ def closed_points(text: str) -> tuple[LoadPoint, ...]:
     """`1,8,64`: a closed loop of each.
 
     Raises:
-        BenchError: not whole numbers from 1, or one twice.
+        BenchUsageError: not whole numbers from 1, or one twice.
     """
     levels = _numbers("--concurrency", text)
     for level in levels:
         if not 1 <= level <= MAX_CONCURRENCY or level != int(level):
-            raise BenchError(f"--concurrency {level:g}: expected a whole number from 1 to {MAX_CONCURRENCY}")
+            raise BenchUsageError(
+                f"--concurrency {level:g}: expected a whole number from 1 to {MAX_CONCURRENCY}"
+            )
     return tuple(LoadPoint("closed", level) for level in levels)
 
 
@@ -98,12 +100,12 @@ def open_points(text: str, arrival: str) -> tuple[LoadPoint, ...]:
     """`0.5,2,10`: an open loop of each.
 
     Raises:
-        BenchError: not numbers above 0, or one twice.
+        BenchUsageError: not numbers above 0, or one twice.
     """
     levels = _numbers("--request-rate", text)
     for level in levels:
         if not 0 < level <= MAX_RATE:
-            raise BenchError(
+            raise BenchUsageError(
                 f"--request-rate {level:g}: expected requests per second, above 0 and up to {MAX_RATE:.0f}; "
                 "for as fast as it goes, give --concurrency"
             )
@@ -114,9 +116,9 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise BenchError(
+        raise BenchUsageError(
             f"{flag} {text!r}: expected numbers with commas between them, such as 1,8,64"
         ) from None
     if len(set(found)) != len(found):
-        raise BenchError(f"{flag} {text!r} has a level twice; for more runs of each give --repeats")
+        raise BenchUsageError(f"{flag} {text!r} has a level twice; for more runs of each give --repeats")
     return found

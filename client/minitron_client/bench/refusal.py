@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from minitron_client.errors import MinitronClientError
 
 
@@ -12,3 +14,9 @@ class BenchError(MinitronClientError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class BenchUsageError(BenchError):
+    """Flags that say what cannot be, or contradict one another: bad usage, exit 2."""
+
+    is_bad_usage: ClassVar[bool] = True

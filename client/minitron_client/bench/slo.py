@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minitron_client.bench.refusal import BenchError
+from minitron_client.bench.refusal import BenchUsageError
 
 if TYPE_CHECKING:
     from minitron_client.bench.records import RequestRecord
@@ -49,15 +49,15 @@ def parse_slos(text: str) -> tuple[Slo, ...]:
     """`ttft_ms=200,itl_ms=20`.
 
     Raises:
-        BenchError: an unknown name, one twice, or a bound that is no number above 0.
+        BenchUsageError: an unknown name, one twice, or a bound that is no number above 0.
     """
     slos: dict[str, Slo] = {}
     for part in text.split(","):
         name, equals, number = part.strip().partition("=")
         if name not in SLO_METRICS or not equals:
-            raise BenchError(f"--slo {part!r}: expected NAME=MILLISECONDS with {', '.join(SLO_METRICS)}")
+            raise BenchUsageError(f"--slo {part!r}: expected NAME=MILLISECONDS with {', '.join(SLO_METRICS)}")
         if name in slos:
-            raise BenchError(f"--slo gives {name} twice")
+            raise BenchUsageError(f"--slo gives {name} twice")
         slos[name] = Slo(name, _milliseconds(part, number) / 1000)
     return tuple(slos.values())
 
@@ -68,5 +68,5 @@ def _milliseconds(part: str, number: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise BenchError(f"--slo {part!r}: expected milliseconds above 0")
+        raise BenchUsageError(f"--slo {part!r}: expected milliseconds above 0")
     return value

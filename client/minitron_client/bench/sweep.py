@@ -22,13 +22,13 @@ from minitron_client.bench.lengths import Lengths
 from minitron_client.bench.load import Extent, LoadPoint
 from minitron_client.bench.measure import Measurement, measure
 from minitron_client.bench.prompts import WordCosts, guessed_costs, measured_costs, tokenizer_file
-from minitron_client.bench.refusal import BenchError
+from minitron_client.bench.refusal import BenchError, BenchUsageError
 from minitron_client.bench.result import SCHEMA, BenchResult, PointResult
 from minitron_client.bench.result import Workload as WorkloadRecord
 from minitron_client.bench.slo import Slo
 from minitron_client.bench.trace import TraceRow
 from minitron_client.bench.workload import ARRIVAL_STREAM, Ask, DrawnWorkload, TraceWorkload, Workload
-from minitron_client.errors import NotFoundError, UnsupportedError
+from minitron_client.errors import InvalidValueError, NotFoundError, UnsupportedError
 from minitron_client.sampling import SamplingParams
 from minitron_client.tensors import ModelMetadata
 
@@ -72,13 +72,16 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.repeats <= 1000:
-            raise BenchError(f"--repeats {self.repeats}: expected 1 to 1000")
+            raise BenchUsageError(f"--repeats {self.repeats}: expected 1 to 1000")
         if self.seed < 0:
-            raise BenchError(f"--seed {self.seed}: expected 0 or more")
+            raise BenchUsageError(f"--seed {self.seed}: expected 0 or more")
         for name in ("max_tokens", "min_tokens"):
             if name in self.sampling:
-                raise BenchError(f"--sampling {name}: lengths come from --output-tokens")
-        self.params(2, is_exact=False)  # refuses what contradicts itself
+                raise BenchUsageError(f"--sampling {name}: lengths come from --output-tokens")
+        try:
+            self.params(2, is_exact=False)
+        except InvalidValueError as error:
+            raise BenchUsageError(f"--sampling: {error.message}") from None
 
     def params(self, output_tokens: int, *, is_exact: bool) -> SamplingParams:
         """Sampling of one request."""

@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from minitron_client.errors import InvalidValueError
+from minitron_client.flag_types import UsageError
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _BACKLOG = 2048
@@ -46,7 +47,7 @@ class HttpSettings:
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise InvalidValueError("HTTPS needs --tls-cert and --tls-key; give both or neither")
+            raise UsageError("HTTPS needs --tls-cert and --tls-key; give both or neither")
         for path in (self.tls_cert, self.tls_key):
             if path is not None:
                 path.open("rb").close()

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_client.errors import InvalidValueError
+from minitron_client.flag_types import checked, integer, seconds
+from minitron_client.settings import check_urls
 
 if TYPE_CHECKING:
     from minitron_client.openai.door import DoorSettings
@@ -33,7 +35,9 @@ _CANCEL_S = 5.0
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minitron openai`."""
-    parser.add_argument("--url", help="HOST:PORT of gRPC (default $MINITRON_URL or 127.0.0.1:8001)")
+    parser.add_argument(
+        "--url", type=checked(check_urls), help="HOST:PORT of gRPC (default $MINITRON_URL or 127.0.0.1:8001)"
+    )
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="Triton model that answers (default %(default)s)"
     )
@@ -43,8 +47,9 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default %(default)s)"
-    )
+        "--port", type=integer(0, 65535), default=DEFAULT_PORT, metavar="N",
+        help="0 takes a free one (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE",
         help=f"keys that are accepted, one a line (default: those in ${KEYS_VARIABLE})",
@@ -54,7 +59,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="let anybody in without an API key: from beyond this machine, and by any host name",
     )  # fmt: skip
     parser.add_argument(
-        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        "--allow-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
         help="another site whose pages may call, such as https://chat.example.org; repeatable (default none)",
     )  # fmt: skip
     parser.add_argument(
@@ -66,15 +71,15 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="the served model's tokenizer, for chat and log probabilities (default: ask the server)",
     )  # fmt: skip
     for flag, kind, default, text in (
-        ("--timeout-s", float, DEFAULT_TIMEOUT_S, "deadline of a request at the server"),
+        ("--timeout-s", seconds, DEFAULT_TIMEOUT_S, "deadline of a request at the server"),
         (
             "--default-chat-tokens",
-            int,
+            integer(1),
             DEFAULT_CHAT_TOKENS,
             "length of a chat answer where none is asked for",
         ),
-        ("--max-body-bytes", int, DEFAULT_BODY_BYTES, "largest request body"),
-        ("--drain-timeout-s", int, DEFAULT_DRAIN_S, "how long open answers may go on after SIGTERM"),
+        ("--max-body-bytes", integer(1), DEFAULT_BODY_BYTES, "largest request body"),
+        ("--drain-timeout-s", integer(1), DEFAULT_DRAIN_S, "how long open answers may go on after SIGTERM"),
     ):
         parser.add_argument(
             flag, type=kind, default=default, metavar="N", help=f"{text} (default %(default)s)"
@@ -100,9 +105,6 @@ def _settings(args: argparse.Namespace) -> DoorSettings:
     from minitron_client.openai.door import DoorSettings
     from minitron_client.openai.http_server import LOOPBACK
 
-    for name in ("timeout_s", "default_chat_tokens", "max_body_bytes", "drain_timeout_s"):
-        if not getattr(args, name) > 0:
-            raise InvalidValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected above 0")
     keys = read_api_keys(args.api_key_file)
     if not keys and args.host not in LOOPBACK and not args.allow_anonymous:
         raise InvalidValueError(
@@ -116,17 +118,16 @@ def _settings(args: argparse.Namespace) -> DoorSettings:
         timeout_s=args.timeout_s,
         default_chat_tokens=args.default_chat_tokens,
         max_body_bytes=args.max_body_bytes,
-        origins=_origins(args.allow_origin),
+        origins=tuple(args.allow_origin),
         host_names=frozenset() if keys or args.allow_anonymous else LOOPBACK,
     )
 
 
-def _origins(given: list[str]) -> tuple[str, ...]:
-    """Origins as browsers send them; `*` would let every page of the web in and is none."""
-    for origin in given:
-        if not re.fullmatch(r"https?://[^\s/*]+", origin):
-            raise InvalidValueError(f"--allow-origin {origin} is not SCHEME://HOST[:PORT] without a path")
-    return tuple(given)
+def _origin(text: str) -> str:
+    """An origin as browsers send it; `*` would let every page of the web in and is none."""
+    if not re.fullmatch(r"https?://[^\s/*]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is not SCHEME://HOST[:PORT] without a path")
+    return text
 
 
 async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSettings) -> signal.Signals:
