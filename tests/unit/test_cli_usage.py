@@ -66,7 +66,7 @@ BAD_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "build": {**PLAN, "--output-dir": ("",), "--stop-after": ("plan",)},
     "plan": {**PLAN, "--plot": ("x.txt", "x")},
     "verify": {
-        "--url": ("localhost",), "--eval-samples": ("0", "x"), "--eval-seq-len": ("0", "x"),
+        "--url": ("localhost",), "--eval-samples": ("0", "x"), "--eval-seq-len": ("1", "x"),
         "--skip": ("nothing",), "--compute-dtype": ("int8",),
         **{limit.flag: ("nan", "x") for limit in LIMITS},
     },

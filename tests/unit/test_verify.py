@@ -247,6 +247,15 @@ def test_bad_usage(fp8: Path, argv: list[str], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("num_samples", "num_samples is 0; expected 1"), ("seq_len", "seq_len is 0; expected 2")],
+)
+def test_a_request_of_nothing_is_refused(field: str, words: str) -> None:
+    with pytest.raises(RefusedError, match=words):
+        VerifyRequest("x", Path("checkpoint"), Path("source"), **{field: 0})  # type: ignore[arg-type]
+
+
 def test_what_is_no_candidate_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in (
         (tmp_path, "neither manifest.json nor config.json"),

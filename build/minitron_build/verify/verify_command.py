@@ -60,7 +60,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--eval-seq-len",
-        type=integer(1),
+        type=integer(2),
         default=DEFAULT_SEQ_LEN,
         metavar="N",
         help="their tokens (%(default)s)",
