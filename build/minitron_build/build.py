@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minitron_build.bundle.bundle import CHECKPOINT_DIR, ENGINE_DIR, Bundle, check_output_dir, write_bundle
@@ -17,9 +17,9 @@ from minitron_build.bundle.manifest import MANIFEST_NAME, digest_file
 from minitron_build.calibration.samples import read_calibration_set
 from minitron_build.checkpoint.convert import Progress, convert_checkpoint, plan_conversion
 from minitron_build.checkpoint.fp8_stage import build_fp8_checkpoint
-from minitron_build.checkpoint.trtllm_checkpoint import TrtllmCheckpoint
+from minitron_build.checkpoint.trtllm_checkpoint import CONVERSION_NAME, TrtllmCheckpoint
 from minitron_build.engine.engine import build_engine, remaining_work
-from minitron_build.engine.precheck import precheck, read_machine
+from minitron_build.engine.precheck import check_room, precheck, read_machine, read_room
 from minitron_build.errors import CheckpointError, MachineError, PlanError
 from minitron_build.planning.fp8_plan import Fp8Plan
 from minitron_build.planning.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
@@ -65,10 +65,11 @@ def run(args: argparse.Namespace) -> int:
     request = plan_request(args)
     if args.dry_run:
         return _print_plan(args.checkpoint, args.revision, request, args.output_dir)
-    source = resolve_checkpoint(args.checkpoint, args.revision)
-    plan, verify = plan_build(source, request), not args.no_verify
+    known = resolve_config(args.checkpoint, args.revision)
+    plan, verify = plan_build(known, request), not args.no_verify
     print("\n".join(plan.lines()), file=sys.stderr)
     missing = check_build(plan, args.output_dir, args.stop_after, container=args.container, force=args.force)
+    source = resolve_checkpoint(args.checkpoint, known.revision)  # gigabytes, when it is on the hub
     if args.stop_after == "bundle":  # told now, not after hours
         _check_tokenizer(HfCheckpoint.open(source.hf_dir))
     if args.stop_after == "checkpoint":
@@ -133,7 +134,7 @@ def check_build(
 
     Raises:
         PlanError: the stages asked for do not fit the target.
-        MachineError: this machine contradicts the plan.
+        MachineError: this machine contradicts the plan, or has too little memory or disk.
         CheckpointError: `output_dir` holds somebody else's things.
     """
     if plan.sm is None and stop_after == "engine":
@@ -144,6 +145,8 @@ def check_build(
         raise PlanError("--container with --arch cpu", todo="a CPU has no engine to build: leave it out")
     check_output_dir(output_dir)
     if plan.sm is None or stop_after == "checkpoint":
+        stages = STAGES[: STAGES.index(stop_after) + 1]
+        check_room(plan, read_room(output_dir), output_dir, stages, force=force)
         return None
     return precheck(plan, read_machine(output_dir), output_dir, container=container, force=force)
 
@@ -157,10 +160,11 @@ def build_checkpoint(
         verify: hold a new FP8 checkpoint against its source, and write the verdict beside it.
     """
     check_output_dir(output_dir)
+    if not force and (output_dir / CHECKPOINT_DIR / CONVERSION_NAME).is_file():
+        print(f"{output_dir / CHECKPOINT_DIR} stands there already", file=sys.stderr)
     if plan.fp8 is not None:
         return build_fp8_checkpoint(plan, source, output_dir / CHECKPOINT_DIR, force=force, verify=verify)
     total_bytes = plan_conversion(source.hf_dir, plan.mapping).source_bytes
-    output_dir.mkdir(parents=True, exist_ok=True)
     with _progress_bar("converting", total_bytes) as progress:
         return convert_checkpoint(
             source.hf_dir,
@@ -218,9 +222,11 @@ def build_bundle(
     check_output_dir(output_dir)
     if (output_dir / MANIFEST_NAME).exists() and not force:
         return _finished_bundle(plan, source, output_dir)
-    if plan.sm is not None:
+    if plan.sm is None:
+        checkpoint = build_checkpoint(plan, source, output_dir, force=force, verify=verify)
+    else:
         build_engine_stage(plan, source, output_dir, force=force, container=container, verify=verify)
-    checkpoint = build_checkpoint(plan, source, output_dir, force=force and plan.sm is None, verify=verify)
+        checkpoint = TrtllmCheckpoint.load(output_dir / CHECKPOINT_DIR)
     return write_bundle(plan, source, checkpoint, output_dir, keep_checkpoint=keep_checkpoint)
 
 
@@ -276,7 +282,7 @@ def _is_calibrated_alike(fp8: Fp8Plan, source: Source, bundle: Bundle) -> bool:
 
 @contextmanager
 def _progress_bar(what: str, total_bytes: int) -> Iterator[Progress]:
-    """A bar on stderr with speed and remaining time; silent where stderr is no terminal."""
+    """A bar on stderr with speed and time left, from the first call on; only its end without a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -288,6 +294,14 @@ def _progress_bar(what: str, total_bytes: int) -> Iterator[Progress]:
     )
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total_bytes)
-        yield lambda num_bytes: bar.advance(task, num_bytes)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=total_bytes)
+
+    with ExitStack() as stack:
+
+        def progress(num_bytes: int) -> None:
+            if not bar.live.is_started:
+                stack.enter_context(bar)
+            bar.advance(task, num_bytes)
+
+        yield progress

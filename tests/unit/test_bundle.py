@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from minitron_build import build
 from minitron_build.build import build_bundle, build_checkpoint, plan_build
 from minitron_build.bundle.bundle import Bundle
 from minitron_build.bundle.manifest import digest_file
+from minitron_build.cli import main
 from minitron_build.errors import CheckpointError
 from minitron_build.planning.plan import PlanRequest
 from minitron_build.repository.model_repo import MODELS
@@ -150,3 +152,77 @@ def test_unreadable_manifest(bundle: Bundle, text: str) -> None:
     (bundle.path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="manifest.json"):
         Bundle.load(bundle.path)
+
+
+def build_cli(output_dir: Path, *flags: str, checkpoint: str = "demo") -> int:
+    return main(
+        ["build", "--arch", "cpu", "--checkpoint", checkpoint, "--output-dir", str(output_dir), *flags]
+    )
+
+
+FEW_TOKENS = ("--calib-samples", "2", "--calib-seq-len", "64", "--no-verify")
+PRECISIONS = {"bf16": (), "fp8": ("--precision", "fp8", *FEW_TOKENS)}
+
+
+@pytest.mark.parametrize("stop_after", ["checkpoint", "bundle"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_too_little_disk_is_refused_before_anything_is_made_or_said(
+    precision: str,
+    stop_after: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usage = type("Usage", (), {"free": 4_000_000, "total": 1 << 40})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert build_cli(tmp_path / "new" / "out", "--stop-after", stop_after, *PRECISIONS[precision]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"minitron: {tmp_path / 'new' / 'out'}: 0.0 GB of disk free; expected 0.")
+    assert not any(line.startswith(("converting", "calibrating")) for line in lines)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_little_disk_is_refused_before_the_weights_are_fetched(
+    tmp_path: Path, tiny_minitron: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(checkpoint: str, revision: str | None) -> Source:
+        raise AssertionError("the weights are fetched")
+
+    known = Source("org/model", tiny_minitron, "0" * 40)
+    monkeypatch.setattr(build, "resolve_config", lambda *_: known)
+    monkeypatch.setattr(build, "resolve_checkpoint", fetch)
+    usage = type("Usage", (), {"free": 4_000_000, "total": 1 << 40})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert build_cli(tmp_path / "out", checkpoint="org/model") == 1
+    assert "of disk free" in capsys.readouterr().err
+
+
+def test_the_weights_are_of_the_revision_that_was_planned(
+    tmp_path: Path, tiny_minitron: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def fetch(checkpoint: str, revision: str | None) -> Source:
+        asked.append((checkpoint, revision))
+        return known
+
+    known = Source("org/model", tiny_minitron, "0" * 40)
+    monkeypatch.setattr(build, "resolve_config", lambda *_: known)
+    monkeypatch.setattr(build, "resolve_checkpoint", fetch)
+    assert build_cli(tmp_path / "out", "--stop-after", "checkpoint", checkpoint="org/model") == 0
+    assert asked == [("org/model", "0" * 40)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"), [("bf16", "converting"), ("fp8", "calibrating with 2 samples")]
+)
+def test_a_checkpoint_that_stands_there_is_no_work_in_progress(
+    precision: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--stop-after", "checkpoint", *PRECISIONS[precision])
+    assert build_cli(tmp_path / "out", *flags) == 0
+    assert said in capsys.readouterr().err
+    assert build_cli(tmp_path / "out", *flags) == 0
+    err = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / 'checkpoint'} stands there already" in err
+    assert said.split(maxsplit=1)[0] not in err

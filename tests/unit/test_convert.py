@@ -283,10 +283,11 @@ def test_full_disk_is_one_line_and_resumable(
 def test_too_little_disk_is_refused_before_work(
     tiny_minitron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = type("Usage", (), {"free": 1000})
+    usage = type("Usage", (), {"free": 1000, "total": 1 << 40})
     monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(MachineError, match=r"0.0 GB free; expected 0.1 GB for 1 rank file"):
         convert_checkpoint(tiny_minitron, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_conversions_into_one_folder(tiny_minitron: Path, tmp_path: Path) -> None:

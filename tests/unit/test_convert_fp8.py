@@ -175,9 +175,12 @@ def test_too_little_disk_and_a_second_writer_are_refused(
             convert(tiny_minitron, tmp_path / "out")
 
     convert(tiny_minitron, tmp_path / "out", progress=second)
-    monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        work_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000, "total": 1 << 40})
+    )
     with pytest.raises(MachineError, match=r"0.0 GB free; expected 0.1 GB for 1 rank file"):
         convert(tiny_minitron, tmp_path / "other")
+    assert not (tmp_path / "other.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from gpu_machine import H100, GpuMachine, make_gpu_machine
-from minitron_build.engine.precheck import Machine, precheck, read_gpus, read_machine, visible_gpus
+from minitron_build.engine.precheck import (
+    Machine,
+    Room,
+    check_room,
+    precheck,
+    read_gpus,
+    read_machine,
+    visible_gpus,
+)
 from minitron_build.errors import MachineError
 from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
 from minitron_build.source.model_config import ModelConfig
@@ -172,6 +180,36 @@ def test_room_is_counted_for_stages_still_to_run(
         look(plan, bundle, ram_bytes=4_000_000_000)
     (bundle / "engine").mkdir()
     assert look(plan, bundle, ram_bytes=4_000_000_000) is None
+
+
+def test_room_is_counted_for_stages_that_need_no_gpu(tmp_path: Path) -> None:
+    config = ModelConfig.read(write_config(tmp_path / "hf"))
+    plan = make_plan("width-base", config, PlanRequest(arch="cpu"), gpus=(), available_bytes=1 << 36)
+    bundle = tmp_path / "bundle"
+    both, first = ("checkpoint", "engine", "bundle"), ("checkpoint",)
+    for room, stages, said in (
+        (
+            Room(1 << 36, 9_050_000_000),
+            both,
+            r"9\.1 GB of disk free; expected 9\.1 GB for checkpoint and bundle",
+        ),
+        (Room(1 << 36, 9_000_000_000), first, r"9\.0 GB of disk free; expected 9\.0 GB for checkpoint"),
+        (
+            Room(400_000_000, 1 << 36),
+            both,
+            r"0\.4 GB of RAM free .*expected 0\.5 GB for the checkpoint stage",
+        ),
+    ):
+        with pytest.raises(MachineError, match=said):
+            check_room(plan, room, bundle, stages, force=False)
+    check_room(plan, Room(1 << 36, 9_050_000_000), bundle, first, force=False)
+    (bundle / "checkpoint").mkdir(parents=True)
+    check_room(plan, Room(1 << 36, 100_000_000), bundle, both, force=False)
+    check_room(plan, Room(0, 0), bundle, first, force=False)
+    with pytest.raises(MachineError, match="of disk free"):
+        check_room(plan, Room(1 << 36, 100_000_000), bundle, both, force=True)
+    (bundle / "manifest.json").touch()
+    check_room(plan, Room(0, 0), bundle, both, force=False)
 
 
 def test_an_interrupted_conversion_counts(machine: GpuMachine, plan: BuildPlan, tmp_path: Path) -> None:

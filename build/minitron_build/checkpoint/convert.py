@@ -63,7 +63,7 @@ JOURNAL_NAME = "journal.json"
 OUTPUT_DTYPE = "bfloat16"
 
 Progress = Callable[[int], None]
-"""Called with the number of source bytes just read."""
+"""Called with the number of source bytes just read, once with 0 before the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +135,9 @@ def convert_checkpoint(
     if finished:
         return finished
     work_dir = work_dir_of(output_dir)
+    check_disk(work_dir, sum(plan.rank_bytes), f"{plan.mapping.world_size} rank file(s)")
     with work_folder(work_dir) as resumed:
         done = _durable_steps(plan, work_dir) if resumed else Journal(0, ())
-        check_disk(work_dir, sum(plan.rank_bytes), f"{plan.mapping.world_size} rank file(s)")
         try:
             _run(plan, work_dir, done, progress or (lambda num_bytes: None))
             publish(work_dir, output_dir)
@@ -242,6 +242,7 @@ def _durable_steps(plan: ConversionPlan, work_dir: Path) -> Journal:
 
 def _run(plan: ConversionPlan, work_dir: Path, done: Journal, progress: Progress) -> None:
     """Stream every step, then write the small files. What `done` covers is hashed but not written again."""
+    progress(0)
     with ExitStack() as stack:
         pipeline = stack.enter_context(Pipeline(plan, work_dir, done))
         shards = [os.open(shard.path, os.O_RDONLY) for shard in plan.source.shards]

@@ -60,8 +60,8 @@ def write_fp8_folder(
         StageError: writing failed; output_dir does not exist.
     """
     work_dir = work_dir_of(output_dir)
+    check_disk(work_dir, _disk_bytes(job), f"{len(job.file_names)} rank file(s)")
     with work_folder(work_dir) as is_resumed:
-        check_disk(work_dir, _disk_bytes(job), f"{len(job.file_names)} rank file(s)")
         try:
             result = run_fp8(job, work_dir, is_resumed=is_resumed, progress=progress or (lambda tokens: None))
             _check_source(job, result)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from minitron_build.checkpoint.work_folder import write_durably
 from minitron_build.source.model_config import ModelConfig, read_json_object
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from minitron_build.checkpoint.fp8_stream import Progress
     from minitron_build.planning.plan import BuildPlan
     from minitron_build.source.hub import Source
@@ -41,9 +43,9 @@ def build_fp8_checkpoint(
 
     config = ModelConfig.read(source.hf_dir)
     data = read_calibration_set(plan.fp8.samples, source.hf_dir, config.vocab_size)
-    _say_what_is_calibrated(data)
-    checkpoint_dir.parent.mkdir(parents=True, exist_ok=True)
-    with calibration_bar(config.num_hidden_layers, data.num_tokens) as progress:
+    with calibration_bar(
+        config.num_hidden_layers, data.num_tokens, lambda: _say_what_is_calibrated(data)
+    ) as progress:
         checkpoint = convert_fp8_checkpoint(
             source.hf_dir,
             checkpoint_dir,
@@ -102,15 +104,35 @@ def _verify(checkpoint_dir: Path, source: Source) -> None:
 
 
 @contextmanager
-def calibration_bar(num_layers: int, num_tokens: int) -> Iterator[Progress]:
-    """Layers done and time left on stderr: a bar in a terminal, a line now and then elsewhere."""
+def calibration_bar(
+    num_layers: int, num_tokens: int, on_start: Callable[[], None] = lambda: None
+) -> Iterator[Progress]:
+    """Layers done and time left on stderr: a bar in a terminal, a line now and then elsewhere.
+
+    Args:
+        on_start: called before the first of them, if there is any work at all.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines(num_layers, num_tokens)
-        return
+    with ExitStack() as stack:
+        shown: list[Progress] = []
+
+        def progress(tokens: int) -> None:
+            if not shown:
+                on_start()
+                is_bar = console.is_terminal
+                lines = _Lines(num_layers, num_tokens)
+                shown.append(stack.enter_context(_bar(console, num_layers, num_tokens)) if is_bar else lines)
+            shown[0](tokens)
+
+        yield progress
+
+
+@contextmanager
+def _bar(console: Console, num_layers: int, num_tokens: int) -> Iterator[Progress]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("calibrating layer {task.fields[layer]}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("calibrating", total=num_layers * num_tokens, layer=f"1 of {num_layers}")

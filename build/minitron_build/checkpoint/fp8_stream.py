@@ -123,9 +123,8 @@ def run_fp8(job: Fp8Job, work_dir: Path, *, is_resumed: bool, progress: Progress
         stop = Event()
         stack.callback(stop.set)  # an interrupted run does not wait for what it will do again
         sources = chores.submit(_hash_and_copy, job, files, stop)
+        progress(len(layers) * job.data.num_tokens if job.data else 0)
         forward = _Forward(job, work_dir, journal)
-        if layers and job.data is not None:
-            progress(len(layers) * job.data.num_tokens)
         written: Future[None] | None = None
         journalled_s = time.monotonic()
         for index, weights in read_layers(job.source, len(layers), stack):

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,19 +72,30 @@ def work_folder(work_dir: Path) -> Iterator[bool]:
         os.close(lock)
 
 
+def free_disk_bytes(path: Path) -> int:
+    """Free space where a file or folder is, or will be once it is made.
+
+    A file system that tells no size at all, as some over a network, is taken at its word when it is full.
+    """
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    usage = shutil.disk_usage(existing)
+    return usage.free if usage.total else sys.maxsize
+
+
 def check_disk(work_dir: Path, needed_bytes: int, what: str) -> None:
     """Refuse to begin what will not fit; bytes that an interrupted run wrote already count as there.
 
     Args:
+        work_dir: need not exist yet.
         needed_bytes: of all large files together when finished.
         what: they are, in the user's words.
 
     Raises:
         MachineError: too little space.
     """
-    present = sum(file.stat().st_blocks * 512 for file in work_dir.iterdir() if file.is_file())
+    present = sum(file.stat().st_blocks * 512 for file in work_dir.glob("*") if file.is_file())
     needed = max(0, needed_bytes - present) + DISK_SLACK_BYTES
-    free = shutil.disk_usage(work_dir).free
+    free = free_disk_bytes(work_dir)
     if free < needed:
         raise MachineError(
             f"{free / 1e9:.1f} GB free",

@@ -11,11 +11,13 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_build.bundle.manifest import MANIFEST_NAME
+from minitron_build.checkpoint.work_folder import free_disk_bytes
 from minitron_build.engine.engine import BuildTool, find_build_tool, remaining_work
 from minitron_build.errors import MachineError
 from minitron_build.planning.host_memory import available_memory_bytes
@@ -42,6 +44,14 @@ class GpuState:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """Memory free for this process, cgroup limits included, and disk free where the bundle goes."""
+
+    ram_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """What a build would run on.
 
@@ -59,6 +69,11 @@ class Machine:
     ram_bytes: int
     disk_bytes: int
 
+    @property
+    def room(self) -> Room:
+        """Its memory and disk."""
+        return Room(self.ram_bytes, self.disk_bytes)
+
 
 def read_machine(output_dir: Path) -> Machine:
     """Look at this machine.
@@ -66,14 +81,19 @@ def read_machine(output_dir: Path) -> Machine:
     Args:
         output_dir: the bundle, which need not exist yet.
     """
-    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    room = read_room(output_dir)
     return Machine(
         gpus=visible_gpus(read_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")),
         tool=find_build_tool(),
         has_docker=shutil.which("docker") is not None,
-        ram_bytes=available_memory_bytes(),
-        disk_bytes=shutil.disk_usage(existing).free,
+        ram_bytes=room.ram_bytes,
+        disk_bytes=room.disk_bytes,
     )
+
+
+def read_room(output_dir: Path) -> Room:
+    """Look at memory and disk only; `output_dir` need not exist yet."""
+    return Room(available_memory_bytes(), free_disk_bytes(output_dir))
 
 
 def read_gpus() -> tuple[GpuState, ...]:
@@ -124,15 +144,29 @@ def precheck(
     if not force and (output_dir / MANIFEST_NAME).exists():
         return None
     if "engine" in done:
-        _check_room(plan, machine, output_dir, done)
+        _check_room(plan, machine.room, output_dir, done)
         return None
     for gpu in machine.gpus[:1]:
         _check_gpu(plan, gpu)
     if machine.tool is not None and not container:
         _check_tool(machine.tool)
     # Without a GPU the engine stage does not run here.
-    _check_room(plan, machine, output_dir, done if machine.gpus else (*done, "engine"))
+    _check_room(plan, machine.room, output_dir, done if machine.gpus else (*done, "engine"))
     return _missing(plan, machine, output_dir, container=container)
+
+
+def check_room(
+    plan: BuildPlan, room: Room, output_dir: Path, stages: Collection[str], *, force: bool
+) -> None:
+    """Hold memory and disk against stages that need no GPU; a whole one that stands there is not run again.
+
+    Raises:
+        MachineError: too little memory or disk: nothing should be begun.
+    """
+    if not force and (output_dir / MANIFEST_NAME).exists():
+        return
+    done = () if force else tuple(name for name in STAGE_DIRS if (output_dir / name).exists())
+    _check_room(plan, room, output_dir, (*done, *(name for name in plan.memory.stages if name not in stages)))
 
 
 def _check_gpu(plan: BuildPlan, state: GpuState) -> None:
@@ -178,21 +212,23 @@ def _check_tool(tool: BuildTool) -> None:
         ) from None
 
 
-def _check_room(plan: BuildPlan, machine: Machine, output_dir: Path, not_to_run: tuple[str, ...]) -> None:
+def _check_room(plan: BuildPlan, room: Room, output_dir: Path, not_to_run: tuple[str, ...]) -> None:
     """RAM and disk of the stages that are to run here."""
     stages = {name: need for name, need in plan.memory.stages.items() if name not in not_to_run}
+    if not stages:
+        return
     disk_bytes = sum(need.disk_bytes for need in stages.values()) - _bytes_done(output_dir)
-    if machine.disk_bytes < disk_bytes:
+    if room.disk_bytes < disk_bytes:
         raise MachineError(
-            f"{_gb(machine.disk_bytes)} of disk free",
+            f"{_gb(room.disk_bytes)} of disk free",
             expected=f"{_gb(disk_bytes)} for {' and '.join(stages)}",
             where=str(output_dir),
             todo="free some space or give another --output-dir",
         )
     name, need = max(stages.items(), key=lambda item: item[1].ram_bytes)
-    if machine.ram_bytes < need.ram_bytes:
+    if room.ram_bytes < need.ram_bytes:
         raise MachineError(
-            f"{_gb(machine.ram_bytes)} of RAM free (container limits included)",
+            f"{_gb(room.ram_bytes)} of RAM free (container limits included)",
             expected=f"{_gb(need.ram_bytes)} for the {name} stage",
             where="this machine",
             todo="stop other programs or raise the container's memory limit",
