@@ -5,6 +5,7 @@ was the server that refused) and `.advice` (what to do).
 
     MinitronClientError
     ├── ServerConnectionError   no server at the address, or the connection went before an answer (retryable)
+    │   ├── HandshakeError        something answers there, but not as this client speaks: TLS (retryable)
     │   └── StreamBrokenError     it went, or ended early, after the first response: text is lost
     ├── DeadlineError           not answered within timeout_s; also a TimeoutError
     ├── CancelledError          cancelled by the server, or by close() of the client
@@ -66,6 +67,15 @@ class ServerConnectionError(MinitronClientError, ConnectionError):
     default_advice = "check the address, and that a server is running there"
     default_code = "UNAVAILABLE"
     retryable = True
+
+
+class HandshakeError(ServerConnectionError):
+    """Something took the connection and dropped it: one side speaks TLS alone, or a certificate is wrong."""
+
+    default_advice = (
+        "both sides must speak TLS or neither (--tls or MINITRON_TLS=1; tls=TlsConfig()), with certificates "
+        "that the other side trusts (--tls-ca, --tls-cert, --tls-key, --tls-server-name), on the gRPC port"
+    )
 
 
 class StreamBrokenError(ServerConnectionError):
@@ -225,6 +235,12 @@ _TRANSPORT = re.compile(
     r"end of tcp stream|handshak|channel is shut",
     re.IGNORECASE,
 )
+# Of them, those of a connection that was taken and dropped before a word of gRPC, as a TLS server drops plain
+# text, and a caller without the certificate it wants.
+_HANDSHAKE = re.compile(
+    r"handshak|verification check failed|certificate_|failed to connect to all addresses.*socket closed",
+    re.IGNORECASE,
+)
 _PREFIX = re.compile(r"^(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
 _STATED_CODE = re.compile(r"^([A-Z_]+): ")
 
@@ -242,7 +258,7 @@ def error_from_status(
     """
     error = STATUS_ERRORS.get(code, InternalError)
     if code in _TRANSPORT_CODES and _TRANSPORT.search(details):
-        error = ServerConnectionError
+        error = HandshakeError if _HANDSHAKE.search(details) else ServerConnectionError
     elif code in _AMBIGUOUS_CODES:
         rule = _find_rule(details)
         error = rule.error if rule else error

@@ -12,7 +12,7 @@ import os
 
 from minitron_client.client import MinitronClient
 from minitron_client.connection_flags import add_connection_flags, client_options
-from minitron_client.errors import MinitronClientError, ServerConnectionError
+from minitron_client.errors import MinitronClientError, ServerConnectionError, error_from_status
 from minitron_client.flag_types import seconds
 from minitron_client.load import DEFAULT_METRICS_PORT, ServerLoad, read_load
 from minitron_client.results import Health
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         load, no_load = _load(args, client.settings.urls[0]) if health.live else (None, "")
     if not args.json:
         print(_table(client.url, health, versions))
+        if not health.live:
+            print(f"  {error_from_status('UNAVAILABLE', health.reason).advice}")
         if load or no_load:
             print(_load_table(load) if load else f"  load      unknown: {no_load}")
     document = {

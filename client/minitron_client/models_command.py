@@ -12,7 +12,12 @@ from typing import Any
 
 from minitron_client.client import MinitronClient
 from minitron_client.connection_flags import add_connection_flags, client_options
-from minitron_client.errors import MinitronClientError, ServerConnectionError, UnsupportedError
+from minitron_client.errors import (
+    MinitronClientError,
+    ServerConnectionError,
+    UnsupportedError,
+    error_from_status,
+)
 from minitron_client.tensors import ModelMetadata, TensorSpec
 from minitron_client.vocabulary import vocabulary_of
 
@@ -32,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     with MinitronClient(**client_options(args)) as client:
         health = client.health()
         if not health.live:
-            raise ServerConnectionError(f"no live server at {client.url}: {health.reason}")
+            error = error_from_status("UNAVAILABLE", health.reason)
+            raise ServerConnectionError(
+                f"no live server at {client.url}: {health.reason}", advice=error.default_advice
+            )
         rows = [_row(client, name, ready) for name, ready in sorted(health.models.items())]
         url = client.url
     width = max((len(row["name"]) for row in rows), default=0)

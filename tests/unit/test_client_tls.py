@@ -11,7 +11,14 @@ import pytest
 import trustme
 
 from fake_triton import AwaitedClient, FakeTriton, serving_fake
-from minitron_client import InvalidValueError, MinitronClient, ServerConnectionError, TlsConfig
+from minitron_build.cli import main
+from minitron_client import (
+    HandshakeError,
+    InvalidValueError,
+    MinitronClient,
+    ServerConnectionError,
+    TlsConfig,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -84,10 +91,34 @@ def test_the_wrong_ones_are_no_connection(
     }[wrong]
     with (
         make(fake.url, tls=tls, timeout_s=10, connect_timeout_s=2, max_retries=0) as client,
-        pytest.raises(ServerConnectionError, match=f"no (connection to|answer from) {fake.url}"),
+        pytest.raises(HandshakeError, match=f"no connection to {fake.url}.*; both sides must speak TLS or"),
     ):
         client.generate("hi")
     assert fake.requests == []
+
+
+def test_tls_to_a_server_without_it_is_told_so(make: Any, pem: dict[str, Path]) -> None:
+    with (
+        serving_fake() as plain,
+        make(plain.url, tls=TlsConfig(ca_file=pem["ca"]), connect_timeout_s=2, max_retries=0) as client,
+        pytest.raises(HandshakeError, match=r"--tls or MINITRON_TLS=1"),
+    ):
+        client.generate("hi")
+
+
+@pytest.mark.parametrize("verb", ["health", "models", "generate hi --max-retries 0"])
+def test_the_commands_name_the_flag(fake: FakeTriton, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb.split(), "--url", fake.url, "--connect-timeout-s", "2"]) == 1
+    assert "--tls or MINITRON_TLS=1" in "".join(capsys.readouterr())
+
+
+def test_a_port_where_nobody_listens_is_no_matter_of_tls(make: Any) -> None:
+    with (
+        make("127.0.0.1:1", connect_timeout_s=2, max_retries=0) as client,
+        pytest.raises(ServerConnectionError, match="Connection refused; check the address") as caught,
+    ):
+        client.generate("hi")
+    assert type(caught.value) is ServerConnectionError
 
 
 def test_a_file_that_is_no_pem_is_refused_in_one_line(

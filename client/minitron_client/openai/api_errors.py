@@ -60,6 +60,7 @@ _UNREACHABLE = "the inference server cannot be reached; try again later"
 TABLE: dict[type[errors.MinitronClientError], Answer] = {
     errors.MinitronClientError: Answer(500, "server_error", "internal_error"),
     errors.ServerConnectionError: Answer(503, "server_error", "server_unreachable", True, _UNREACHABLE),
+    errors.HandshakeError: Answer(503, "server_error", "server_unreachable", True, _UNREACHABLE),
     errors.StreamBrokenError: Answer(
         502, "server_error", "stream_broken", says="the inference server went away in the middle of the text"
     ),
