@@ -7,14 +7,17 @@ options and what a failure means are `_triton.py`'s.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import weakref
-from typing import Any, ClassVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ClassVar, NoReturn
 
 import grpc
 import grpc.aio
 
+from minitron_client._fork import CallMark
 from minitron_client._triton import (
     DRAIN_S,
     SMALL_CALLS,
@@ -70,7 +73,8 @@ class AioConnection:
         request_type, read = SMALL_CALLS[name]
         message = getattr(messages(), request_type)(**fields)
         try:
-            return read(await getattr(self._stub, name)(message, timeout=timeout_s, metadata=headers))
+            with CallMark():
+                return read(await getattr(self._stub, name)(message, timeout=timeout_s, metadata=headers))
         except grpc.RpcError as error:
             raise small_call_error(*status_of(error), self.url, timeout_s) from None
 
@@ -121,13 +125,13 @@ class AioConnection:
             timeout_s: what the caller gave for all attempts, for the error that names it.
             is_streamed: False for a model that answers once.
         """
-        message = request_message(request)
+        mark, message = CallMark(), request_message(request)
         reader = ResponseReader(self.url, request.request_id, left_s if timeout_s is None else timeout_s)
-        if not is_streamed:
-            return AioAnswer(self._stub.ModelInfer(message, timeout=left_s, metadata=headers), reader)
         # One stream per request: the end of the RPC is then the end of the answer, whatever is flagged.
-        call = self._stub.ModelStreamInfer(iter((message,)), timeout=left_s, metadata=headers)
-        return AioResponses(call, reader)
+        call = (self._stub.ModelStreamInfer if is_streamed else self._stub.ModelInfer)(
+            message, timeout=left_s, metadata=headers
+        )
+        return (AioResponses if is_streamed else AioAnswer)(call, reader, mark)
 
     async def close(self) -> None:
         """Close the channel; calls that still run are cancelled."""
@@ -143,13 +147,19 @@ os.register_at_fork(after_in_child=AioConnection._after_fork)
 
 
 class AioResponses:
-    """The responses to one request, in order; read by one task, cancelled by any."""
+    """The responses to one request, in order; read by one task, cancelled by any.
 
-    def __init__(self, call: Any, reader: ResponseReader) -> None:
-        self._call, self._reader = call, reader
-        # Cheaper for each message than call.read(); a unary call has none.
-        self._messages: Any = call.__aiter__() if hasattr(call, "__aiter__") else None
+    `read` is all that most callers need. It is made of three steps, and a stream takes them itself: a
+    coroutine more for each token is a tenth of what the client adds to it.
+
+    Attributes:
+        next_message: awaited, gives the next message as it came; an exception is for `end_by`.
+    """
+
+    def __init__(self, call: Any, reader: ResponseReader, mark: CallMark) -> None:
+        self._call, self._reader, self._mark = call, reader, mark
         self._is_cancelled = False
+        self.next_message = self._messages()
 
     async def read(self) -> InferResponse | None:
         """The next response; None once the RPC has been read to its end, or after `cancel`.
@@ -159,29 +169,59 @@ class AioResponses:
             asyncio.CancelledError: the reading task was cancelled, and with it the RPC.
         """
         try:
-            message = await self._messages.__anext__()
-        except StopAsyncIteration:
-            if not self._is_cancelled:
-                self._reader.check_whole()
+            message = await self.next_message()
+        except BaseException as error:
+            await self.end_by(error)
             return None
-        except grpc.RpcError as error:
-            if self._is_cancelled:
-                return None
+        return self.take(message) or await self.refuse(message)
+
+    def take(self, message: Any) -> InferResponse | None:
+        """The response that a message brings; None where it brings an error, for `refuse`.
+
+        Raises:
+            ProtocolError: as `ResponseReader.take`.
+        """
+        return None if message.error_message else self._reader.take(message.infer_response)
+
+    async def refuse(self, message: Any) -> NoReturn:
+        """Raise the error that a message brings, when the RPC has been read to its end.
+
+        Raises:
+            MinitronClientError: always.
+        """
+        await self._drain()
+        self._mark.end()
+        raise self._reader.refusal(message.error_message)
+
+    async def end_by(self, error: BaseException) -> None:
+        """What the exception means that `next_message` ended by: it returns at the end of the answer.
+
+        Raises:
+            MinitronClientError: the deadline, a connection that went, or an answer that is not whole.
+            asyncio.CancelledError: the reading task was cancelled, and with it the RPC.
+        """
+        self._mark.end()
+        ends = (StopAsyncIteration, grpc.RpcError, asyncio.CancelledError)
+        if self._is_cancelled and isinstance(error, ends):
+            return
+        if isinstance(error, StopAsyncIteration):
+            self._reader.check_whole()
+            return
+        if isinstance(error, grpc.RpcError):
             raise self._reader.error(*status_of(error)) from None
-        except asyncio.CancelledError:
-            if self._is_cancelled:
-                return None
+        if isinstance(error, asyncio.CancelledError):
             await self._raise_if_the_server_s()
-            raise
-        if message.error_message:
-            await self._drain()
-            raise self._reader.refusal(message.error_message)
-        return self._reader.take(message.infer_response)
+        raise error
 
     def cancel(self) -> None:
         """End the RPC; the reading stops without an error."""
         self._is_cancelled = True
+        self._mark.end()
         self._call.cancel()
+
+    def _messages(self) -> Callable[[], Awaitable[Any]]:
+        messages: AsyncIterator[Any] = self._call.__aiter__()  # cheaper for each message than call.read()
+        return messages.__anext__
 
     async def _raise_if_the_server_s(self) -> None:
         if not self._call.done():
@@ -199,25 +239,22 @@ class AioResponses:
             self._call.cancel()
 
     async def _read_on(self) -> None:
-        async for _ in self._messages:
-            pass
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                await self.next_message()
 
 
 class AioAnswer(AioResponses):
     """The one response to a unary call."""
 
-    async def read(self) -> InferResponse | None:
-        """The response, then None; errors as on a stream."""
-        if self._reader.num_responses:
-            return None
-        try:
-            return self._reader.take(await self._call)
-        except grpc.RpcError as error:
-            if self._is_cancelled:
-                return None
-            raise self._reader.error(*status_of(error)) from None
-        except asyncio.CancelledError:
-            if self._is_cancelled:
-                return None
-            await self._raise_if_the_server_s()
-            raise
+    def take(self, message: Any) -> InferResponse:
+        """The response; errors as on a stream."""
+        return self._reader.take(message)
+
+    def _messages(self) -> Callable[[], Awaitable[Any]]:
+        async def answer() -> Any:
+            if self._reader.num_responses:
+                raise StopAsyncIteration
+            return await self._call
+
+        return answer

@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from minitron_client._fork import CallMark, new_lock
 from minitron_client._triton import (
     DRAIN_S,
     SMALL_CALLS,
@@ -50,7 +51,7 @@ class Connection:
     def __init__(self, url: str, tls: TlsConfig | None = None) -> None:
         self.url = check_url(url)
         self._tls = tls
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._calls: weakref.WeakSet[Any] = weakref.WeakSet()
         self._channel: Any = None
         self._stub: Any = None
@@ -64,14 +65,16 @@ class Connection:
             MinitronClientError: the call failed.
         """
         request_type, read = SMALL_CALLS[name]
-        stub, message = self._open(), getattr(messages(), request_type)(**fields)
-        try:
-            with self._leaving_at_interrupt():
-                return read(getattr(stub, name)(message, timeout=timeout_s, metadata=headers))
-        except ValueError as error:  # grpc's way to say that close() came in between
-            raise ClientClosedError(f"the client for {self.url} was closed") from error
-        except grpc.RpcError as error:
-            raise small_call_error(*status_of(error), self.url, timeout_s) from None
+        message = getattr(messages(), request_type)(**fields)
+        with CallMark():
+            stub = self._open()
+            try:
+                with self._leaving_at_interrupt():
+                    return read(getattr(stub, name)(message, timeout=timeout_s, metadata=headers))
+            except ValueError as error:  # grpc's way to say that close() came in between
+                raise ClientClosedError(f"the client for {self.url} was closed") from error
+            except grpc.RpcError as error:
+                raise small_call_error(*status_of(error), self.url, timeout_s) from None
 
     def describe(self, model: str, timeout_s: float, headers: Headers = ()) -> ModelMetadata:
         """What the model takes and gives, and whether it is decoupled.
@@ -114,19 +117,20 @@ class Connection:
             timeout_s: what the caller gave for all attempts, for the error that names it.
             is_streamed: False for a model that answers once.
         """
-        stub, message = self._open(), request_message(request)
+        mark, message = CallMark(), request_message(request)
+        stub = self._open()
         with self._leaving_at_interrupt():
             try:
                 if is_streamed:
                     # One stream per request: its end is the end of the answer, whatever is flagged.
-                    call = stub.ModelStreamInfer(iter([message]), timeout=left_s, metadata=headers)
+                    call = stub.ModelStreamInfer(message, timeout=left_s, metadata=headers)
                 else:
                     call = stub.ModelInfer.future(message, timeout=left_s, metadata=headers)
             except ValueError as error:
                 raise ClientClosedError(f"the client for {self.url} was closed") from error
         self._calls.add(call)
         reader = ResponseReader(self.url, request.request_id, left_s if timeout_s is None else timeout_s)
-        return (Responses if is_streamed else Answer)(call, reader, self)
+        return (Responses if is_streamed else Answer)(call, reader, self, mark)
 
     def close(self) -> None:
         """Cancel every open call and close the channel; may be called twice and from any thread."""
@@ -179,8 +183,8 @@ class Connection:
 class Responses:
     """The responses to one request, in order; read by one thread, cancelled by any."""
 
-    def __init__(self, call: Any, reader: ResponseReader, connection: Connection) -> None:
-        self._call, self._reader, self._connection = call, reader, connection
+    def __init__(self, call: Any, reader: ResponseReader, connection: Connection, mark: CallMark) -> None:
+        self._call, self._reader, self._connection, self._mark = call, reader, connection, mark
         self._is_cancelled = False
         self._is_left = False
 
@@ -204,16 +208,33 @@ class Responses:
 
         Raises:
             MinitronClientError: the server's error, the deadline, or a connection that went.
+            ClientClosedError: the request is that of the process which forked this one.
         """
+        self._mark.check()
+        try:
+            response = self._next()
+        except BaseException as error:
+            self._mark.end()
+            self._leave_at_interrupt(error)
+            raise
+        if response is None:
+            self._mark.end()
+        return response
+
+    def cancel(self) -> None:
+        """End the RPC; the reading stops without an error. A parent's goes on."""
+        self._is_cancelled = True
+        if not self._is_left and not self._mark.is_foreign:
+            self._call.cancel()
+        self._mark.end()
+
+    def _next(self) -> InferResponse | None:
         try:
             message = next(self._call, None)
         except grpc.RpcError as error:
             if self._is_cancelled:
                 return None
             raise self._reader.error(*status_of(error)) from None
-        except BaseException as error:
-            self._leave_at_interrupt(error)
-            raise
         if message is None:
             if not self._is_cancelled:
                 self._reader.check_whole()
@@ -222,12 +243,6 @@ class Responses:
             self._drain()
             raise self._reader.refusal(message.error_message)
         return self._reader.take(message.infer_response)
-
-    def cancel(self) -> None:
-        """End the RPC; the reading stops without an error."""
-        self._is_cancelled = True
-        if not self._is_left:
-            self._call.cancel()
 
     def _leave_at_interrupt(self, error: BaseException) -> None:
         interrupt = _interrupt_in(error)
@@ -253,7 +268,7 @@ class Responses:
 class Answer(Responses):
     """The one response to a unary call."""
 
-    def read(self) -> InferResponse | None:
+    def _next(self) -> InferResponse | None:
         """The response, then None; errors as on a stream."""
         if self._reader.num_responses:
             return None
@@ -267,9 +282,6 @@ class Answer(Responses):
             if self._is_cancelled:
                 return None
             raise self._reader.error(*status_of(error)) from None
-        except BaseException as error:
-            self._leave_at_interrupt(error)
-            raise
 
 
 def _interrupt_in(error: BaseException) -> BaseException | None:

@@ -418,15 +418,16 @@ class AsyncTextStream:
             try:
                 if self._responses is None:
                     self._responses = await self._start()
-                response = await self._responses.read()
-                if response is not None:
-                    chunk = exchange.take(response)
-                    if chunk is not None:
-                        return chunk
-                elif exchange.error is None:
-                    held_back = exchange.finish()
-                    if held_back is not None:
-                        return held_back
+                responses = self._responses
+                try:
+                    message = await responses.next_message()
+                except BaseException as error:
+                    await responses.end_by(error)
+                    chunk = exchange.finish() if exchange.error is None else None
+                else:
+                    chunk = exchange.take(responses.take(message) or await responses.refuse(message))
+                if chunk is not None:
+                    return chunk
             except MinitronClientError as error:
                 await self._recover(error)
 

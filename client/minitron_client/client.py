@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from minitron_client._fork import new_lock
 from minitron_client._triton import Headers
 from minitron_client.batch import Batch, BatchProgress, PlainPrompt, Prompt
 from minitron_client.endpoints import EndpointPool
@@ -118,7 +119,7 @@ class MinitronClient:
         self._rules: dict[str, TokenRules] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     @property
     def url(self) -> str:

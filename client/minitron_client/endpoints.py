@@ -5,10 +5,11 @@ It knows addresses and times. It opens no connection, and may be shared between 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from minitron_client._fork import new_lock
 
 FIRST_EJECTION_S, LONGEST_EJECTION_S = 1.0, 30.0
 
@@ -37,7 +38,7 @@ class EndpointPool:
         self._order = list(urls)
         self._clock = clock
         self._next = 0
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def pick(self) -> str:
         """The address for the next attempt."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 
+from minitron_client._fork import new_lock
 from minitron_client.endpoints import EndpointPool
 from minitron_client.errors import (
     DeadlineError,
@@ -92,7 +92,7 @@ class Exchange:
         self._started_s = time.monotonic()
         self._ttft_s: float | None = None
         self._total_s: float | None = None  # set at the end, whichever end it is
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         if settings.log_prompts:
             _log.info("request %s: prompt %r", self.request_id, prompt)
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One piece of a streamed completion; it may hold several tokens, or none.
+
+    A tuple, because one is made for each token.
 
     Attributes:
         text: new text, never the prompt; "" where the server is still holding back half a character.

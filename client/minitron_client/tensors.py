@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from minitron_client.errors import InvalidValueError, ProtocolError
 
@@ -32,6 +32,8 @@ _STRUCT_CODES: dict[str, str] = {
     "FP64": "d",
 }
 _LENGTH = struct.Struct("<I")
+_ONE_ELEMENT = [1, 1]
+"""The shape of nearly every output; a list, because protobuf's repeated field equals none but a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Tensor(NamedTuple):
             ProtocolError: the bytes do not add up to the shape, or the datatype is unknown.
         """
         decoded = _decode_bytes(self) if self.datatype == "BYTES" else _decode_numbers(self)
-        if len(decoded) != prod(self.shape):
+        if len(decoded) != (1 if self.shape == _ONE_ELEMENT else prod(self.shape)):
             raise ProtocolError(
                 f"output {self.name} has {len(decoded)} elements, its shape {list(self.shape)} says otherwise"
             )
@@ -120,17 +122,68 @@ class InferRequest:
     parameters: Mapping[str, bool | int | str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class InferResponse:
-    """One response of a stream.
+class OutputHead(Protocol):
+    """What an output is, without its data: a `Tensor`, or protobuf's message as it came."""
 
-    Attributes:
-        tensors: outputs by name; empty in a bare final response.
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def datatype(self) -> str:
+        """Triton's name of its datatype."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its dimensions."""
+
+
+class InferResponse:
+    """One response of a stream, each output read when it is asked for: most of a token's are not.
+
+    Args:
+        places: name of an output -> its place in the two lists; empty in a bare final response. Shared by
+            all responses that list the same outputs.
+        heads: the outputs without their data.
+        contents: their data, in the same order.
         is_final: the `triton_final_response` flag; None where the server sent none.
     """
 
-    tensors: Mapping[str, Tensor]
-    is_final: bool | None
+    __slots__ = ("_contents", "_heads", "is_final", "places")
+
+    def __init__(
+        self,
+        places: Mapping[str, int],
+        heads: Sequence[OutputHead],
+        contents: Sequence[bytes],
+        is_final: bool | None,
+    ) -> None:
+        self.places = places
+        self._heads, self._contents = heads, contents
+        self.is_final = is_final
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], is_final: bool | None = None) -> InferResponse:
+        """A response with these outputs."""
+        places = {tensor.name: place for place, tensor in enumerate(tensors)}
+        return cls(places, tensors, [tensor.data for tensor in tensors], is_final)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """One output; None where the response has none of that name."""
+        place = self.places.get(name)
+        if place is None:
+            return None
+        head = self._heads[place]
+        return Tensor(name, head.datatype, head.shape, self._contents[place])
+
+    def values(self, name: str) -> tuple[Scalar, ...] | None:
+        """The elements of one output, flattened; None where the response has none of that name.
+
+        Raises:
+            ProtocolError: as `Tensor.values`.
+        """
+        tensor = self.tensor(name)
+        return None if tensor is None else tensor.values()
 
 
 def _encode(spec: TensorSpec, values: Sequence[Scalar]) -> bytes:

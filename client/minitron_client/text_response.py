@@ -11,7 +11,7 @@ from typing import Protocol, cast
 from minitron_client.errors import ProtocolError
 from minitron_client.results import FINISH_REASONS, Chunk, Completion, FinishReason, Timings, Usage
 from minitron_client.sampling import SamplingParams
-from minitron_client.tensors import InferResponse, Scalar
+from minitron_client.tensors import InferResponse
 from minitron_client.vocabulary import QUEUE_OUTPUTS, TEXT, Vocabulary
 
 _FOREIGN_REASONS: dict[str, str] = {"None": "", "timeout": "cancelled"}
@@ -43,7 +43,9 @@ class CompletionBuilder:
     vocabulary: Vocabulary = TEXT
     text_of: TextOfTokens | None = None
     end_ids: tuple[int, ...] = ()
-    _chunks: list[Chunk] = field(default_factory=list)
+    _texts: list[str] = field(default_factory=list)
+    _token_ids: list[int] = field(default_factory=list)
+    _log_probs: list[float] = field(default_factory=list)
     _finish_reason: FinishReason | None = None
     _input_tokens: int | None = None
     _output_tokens: int | None = None
@@ -56,7 +58,7 @@ class CompletionBuilder:
     @property
     def text(self) -> str:
         """The text so far."""
-        return "".join(chunk.text for chunk in self._chunks)
+        return "".join(self._texts)
 
     @property
     def usage(self) -> Usage:
@@ -70,9 +72,10 @@ class CompletionBuilder:
         Raises:
             ProtocolError: an output is missing or cannot be read.
         """
-        if not response.tensors:
+        places = response.places
+        if not places:
             return None
-        if "num_output_tokens" in response.tensors or QUEUE_OUTPUTS[0] in response.tensors:
+        if "num_output_tokens" in places or QUEUE_OUTPUTS[0] in places:
             self._counted = response  # read once it is the last: there is one for each token
         chunk = self._chunk_of_tokens(response) if self.vocabulary.is_token_ids else chunk_of(response)
         if self.vocabulary.is_cumulative:
@@ -109,26 +112,26 @@ class CompletionBuilder:
             usage=self.usage,
             timings=Timings(timings.total_s, timings.ttft_s, self._queue_s),
             request_id=request_id,
-            token_ids=self._ids() if wants_ids else None,
-            log_probs=(
-                tuple(value for chunk in self._chunks for value in chunk.log_probs)
-                if self.sampling.return_log_probs
-                else None
-            ),
+            token_ids=tuple(self._token_ids) if wants_ids else None,
+            log_probs=tuple(self._log_probs) if self.sampling.return_log_probs else None,
         )
 
     def set_input_tokens(self, count: int) -> None:
         """The prompt's length, where the client has counted it."""
         self._input_tokens = count
 
-    def _ids(self) -> tuple[int, ...]:
-        return tuple(token for chunk in self._chunks for token in chunk.token_ids)
-
     def _keep(self, chunk: Chunk) -> Chunk | None:
-        if not (chunk.text or chunk.token_ids or chunk.finish_reason):
+        """Note what the chunk brings, not the chunk: a garbage collector walks what is kept of each token."""
+        text, token_ids, finish_reason, log_probs = chunk
+        if not (text or token_ids or finish_reason):
             return None
-        self._chunks.append(chunk)
-        self._finish_reason = chunk.finish_reason or self._finish_reason
+        self._texts.append(text)
+        if token_ids:
+            self._token_ids += token_ids
+        if log_probs:
+            self._log_probs += log_probs
+        if finish_reason:
+            self._finish_reason = finish_reason
         return chunk
 
     def _chunk_of_tokens(self, response: InferResponse) -> Chunk:
@@ -137,7 +140,7 @@ class CompletionBuilder:
         if told and told[0] < len(ids):  # filled up to the longest of a batch
             ids = ids[: told[0]]
         self._output_tokens = (self._output_tokens or 0) + len(ids)
-        log_probs = tuple(float(value) for value in _values(response, "output_log_probs") or ())
+        log_probs = _floats(response, "output_log_probs")
         text = self.text_of.feed(ids) if self.text_of is not None else ""
         return Chunk(text, ids, None, log_probs[: len(ids)])
 
@@ -161,8 +164,7 @@ class CompletionBuilder:
         """`stop` or `length` from the number of tokens; None where nobody counted them."""
         if self._output_tokens is None:
             return None
-        ids = self._ids() if self.end_ids else ()
-        if ids and ids[-1] in self.end_ids:
+        if self._token_ids and self._token_ids[-1] in self.end_ids:
             return "stop"
         return "length" if self._output_tokens >= self.sampling.max_tokens else "stop"
 
@@ -188,27 +190,23 @@ def chunk_of(response: InferResponse) -> Chunk:
     Raises:
         ProtocolError: `text_output` is missing or more than one, or the finish reason is unknown.
     """
-    tensors = response.tensors
-    texts = _values(response, "text_output")
+    places = response.places
+    texts = response.values("text_output")
     if texts is None:
-        raise ProtocolError(f"a response without text_output; it has {', '.join(sorted(tensors))}")
+        raise ProtocolError(f"a response without text_output; it has {', '.join(sorted(places))}")
     text = texts[0] if texts else ""
     if len(texts) > 1 or not isinstance(text, str):
         raise ProtocolError(f"text_output should be one string, got {len(texts)} values: {texts[:2]!r}")
     return Chunk(
         text=text,
-        token_ids=_ints(response, "output_ids") if "output_ids" in tensors else (),
-        finish_reason=_finish_reason(response) if "finish_reason" in tensors else None,
-        log_probs=(
-            tuple(float(value) for value in _values(response, "output_log_probs") or ())
-            if "output_log_probs" in tensors
-            else ()
-        ),
+        token_ids=_ints(response, "output_ids") if "output_ids" in places else (),
+        finish_reason=_finish_reason(response) if "finish_reason" in places else None,
+        log_probs=_floats(response, "output_log_probs") if "output_log_probs" in places else (),
     )
 
 
 def _finish_reason(response: InferResponse) -> FinishReason | None:
-    told = [str(value) for value in _values(response, "finish_reason") or ()]
+    told = [str(value) for value in response.values("finish_reason") or ()]
     reason = _FOREIGN_REASONS.get(told[0], told[0]) if told else ""
     if not reason:  # not the last piece, or a server that does not tell
         return None
@@ -218,9 +216,8 @@ def _finish_reason(response: InferResponse) -> FinishReason | None:
 
 
 def _ints(response: InferResponse, name: str) -> tuple[int, ...]:
-    return tuple(int(value) for value in _values(response, name) or ())
+    return tuple(int(value) for value in response.values(name) or ())
 
 
-def _values(response: InferResponse, name: str) -> tuple[Scalar, ...] | None:
-    tensor = response.tensors.get(name)
-    return None if tensor is None else tensor.values()
+def _floats(response: InferResponse, name: str) -> tuple[float, ...]:
+    return tuple(float(value) for value in response.values(name) or ())

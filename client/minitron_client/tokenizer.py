@@ -207,7 +207,7 @@ def digest_of(files: Mapping[str, bytes]) -> str:
 
 
 def _strings(response: InferResponse, name: str) -> tuple[str, ...]:
-    tensor = response.tensors.get(name)
-    if tensor is None:
+    values = response.values(name)
+    if values is None:
         raise ProtocolError(f"the server's answer has no {name}")
-    return tuple(str(value) for value in tensor.values())
+    return tuple(str(value) for value in values)

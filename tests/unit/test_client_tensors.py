@@ -38,7 +38,7 @@ def output(name: str, *values: bool | int | float | str) -> Tensor:
 
 
 def response(*tensors: Tensor, is_final: bool | None = False) -> InferResponse:
-    return InferResponse({tensor.name: tensor for tensor in tensors}, is_final)
+    return InferResponse.of(tensors, is_final)
 
 
 @given(st.lists(st.text(), max_size=4))

@@ -63,12 +63,12 @@ def values(tensors: tuple[Tensor, ...]) -> dict[str, tuple[Scalar, ...]]:
 
 
 def response(**outputs: object) -> InferResponse:
-    tensors = {}
+    tensors = []
     for name, value in outputs.items():
         listed = value if isinstance(value, tuple) else (value,)
         kind = "BYTES" if isinstance(listed[0] if listed else 0, str) else "INT32"
-        tensors[name] = Tensor.of(TensorSpec(name, kind, (-1,)), listed)
-    return InferResponse(tensors, False)
+        tensors.append(Tensor.of(TensorSpec(name, kind, (-1,)), listed))
+    return InferResponse.of(tensors, False)
 
 
 def test_a_model_s_vocabulary_is_read_from_its_inputs() -> None:

@@ -108,7 +108,7 @@ class TokenPathStream:
     async def _read(self) -> AsyncIterator[Chunk]:
         async for chunk in self._ids:
             piece = self._text_of.feed(chunk.token_ids)
-            yield self._keep(replace(chunk, text=piece))
+            yield self._keep(chunk._replace(text=piece))
             if self._stop.is_over:  # the engine knows nothing of stop words: it is left as it generates
                 await self.close()
                 return

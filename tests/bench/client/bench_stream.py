@@ -27,6 +27,7 @@ from tritonclient.grpc import InferResult, service_pb2
 
 from minitron_client import AsyncMinitronClient
 from minitron_client._aio import AioResponses
+from minitron_client._fork import CallMark
 from minitron_client._triton import ResponseReader, read_metadata
 from minitron_client.exchange import Exchange
 
@@ -172,7 +173,8 @@ async def replay_ours(num_tokens: int) -> int:
     async def opened(exchange: Exchange) -> AioResponses:
         exchange.next_url()
         exchange.request(described)
-        return AioResponses(Replay(num_tokens), ResponseReader(exchange.url, exchange.request_id, 60))
+        reader = ResponseReader(exchange.url, exchange.request_id, 60)
+        return AioResponses(Replay(num_tokens), reader, CallMark())
 
     client._open = opened  # type: ignore[method-assign]
     return await ask_ours(client, num_tokens)
