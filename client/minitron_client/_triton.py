@@ -120,7 +120,8 @@ class ResponseReader:
             raise ProtocolError(
                 f"{self._url} sent a response to request {answered} instead", request_id=self._request_id
             )
-        heads, contents = message.outputs, message.raw_output_contents
+        # A slice, because to iterate over protobuf's own list takes three times as long, for each token.
+        heads, contents = message.outputs[:], message.raw_output_contents
         if len(heads) != len(contents):
             raise ProtocolError(
                 f"a response lists {len(heads)} outputs and brings the contents of {len(contents)}",
@@ -135,10 +136,9 @@ class ResponseReader:
         self.num_responses += 1
         return InferResponse(self._places_of(heads), heads, contents, is_final)
 
-    def _places_of(self, heads: Any) -> dict[str, int]:
+    def _places_of(self, heads: list[Any]) -> dict[str, int]:
         """Name -> place; one table for all responses that list the same, as those of a stream do."""
-        # By index: to iterate over protobuf's messages takes three times as long, for each token.
-        names = [heads[place].name for place in range(len(heads))]
+        names = [head.name for head in heads]
         if names != self._names:
             self._names, self._places = names, {name: place for place, name in enumerate(names)}
         return self._places

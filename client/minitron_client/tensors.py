@@ -176,6 +176,26 @@ class InferResponse:
         head = self._heads[place]
         return Tensor(name, head.datatype, head.shape, self._contents[place])
 
+    def string(self, name: str) -> str | None:
+        """The one string of an output, "" where it has no element; None where there is no such output.
+
+        Raises:
+            ProtocolError: as `Tensor.values`, or it is no string or not one.
+        """
+        place = self.places.get(name)
+        if place is None:
+            return None
+        head, data = self._heads[place], self._contents[place]
+        # Nearly every answer, and so every token: it pays to look at the bytes alone.
+        if _is_one_string(data) and head.datatype == "BYTES" and head.shape == _ONE_ELEMENT:
+            return _text(name, data[_LENGTH.size :])
+        values = self.values(name)
+        if not values:
+            return ""
+        if len(values) > 1 or not isinstance(values[0], str):
+            raise ProtocolError(f"{name} should be one string, got {len(values)} values: {values[:2]!r}")
+        return values[0]
+
     def values(self, name: str) -> tuple[Scalar, ...] | None:
         """The elements of one output, flattened; None where the response has none of that name.
 
@@ -222,8 +242,8 @@ def _decode_numbers(tensor: Tensor) -> tuple[Scalar, ...]:
 
 def _decode_bytes(tensor: Tensor) -> tuple[Scalar, ...]:
     data = tensor.data
-    if len(data) >= _LENGTH.size and _LENGTH.unpack_from(data)[0] == len(data) - _LENGTH.size:
-        return (_text(tensor.name, data[_LENGTH.size :]),)  # one string, as in nearly every answer
+    if _is_one_string(data):
+        return (_text(tensor.name, data[_LENGTH.size :]),)
     items, at = [], 0
     while at < len(data):
         if at + _LENGTH.size > len(data):
@@ -235,6 +255,10 @@ def _decode_bytes(tensor: Tensor) -> tuple[Scalar, ...]:
         items.append(_text(tensor.name, data[at : at + length]))
         at += length
     return tuple(items)
+
+
+def _is_one_string(data: bytes) -> bool:
+    return len(data) >= _LENGTH.size and _LENGTH.unpack_from(data)[0] == len(data) - _LENGTH.size
 
 
 def _text(name: str, data: bytes) -> str:

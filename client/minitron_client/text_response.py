@@ -18,6 +18,10 @@ _FOREIGN_REASONS: dict[str, str] = {"None": "", "timeout": "cancelled"}
 """What NVIDIA's LLM-API model says where we say something else."""
 
 
+_FURTHER_OUTPUTS = frozenset(("output_ids", "finish_reason", "output_log_probs"))
+"""What a response may carry beside its text; most carry none of it."""
+
+
 class TextOfTokens(Protocol):
     """Turns token ids into text as they come."""
 
@@ -191,12 +195,11 @@ def chunk_of(response: InferResponse) -> Chunk:
         ProtocolError: `text_output` is missing or more than one, or the finish reason is unknown.
     """
     places = response.places
-    texts = response.values("text_output")
-    if texts is None:
+    text = response.string("text_output")
+    if text is None:
         raise ProtocolError(f"a response without text_output; it has {', '.join(sorted(places))}")
-    text = texts[0] if texts else ""
-    if len(texts) > 1 or not isinstance(text, str):
-        raise ProtocolError(f"text_output should be one string, got {len(texts)} values: {texts[:2]!r}")
+    if _FURTHER_OUTPUTS.isdisjoint(places):
+        return Chunk(text)
     return Chunk(
         text=text,
         token_ids=_ints(response, "output_ids") if "output_ids" in places else (),
