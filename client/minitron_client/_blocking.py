@@ -46,6 +46,9 @@ class Connection:
     Args:
         url: HOST:PORT. Nothing is sent before the first call.
         tls: None for plain text.
+
+    Attributes:
+        is_closed: `close` was called: what fails from then on, fails by it.
     """
 
     def __init__(self, url: str, tls: TlsConfig | None = None) -> None:
@@ -56,7 +59,7 @@ class Connection:
         self._channel: Any = None
         self._stub: Any = None
         self._pid = os.getpid()
-        self._is_closed = False
+        self.is_closed = False
 
     def ask(self, name: str, timeout_s: float, headers: Headers = (), /, **fields: str) -> Any:
         """One of `SMALL_CALLS`, read.
@@ -74,6 +77,8 @@ class Connection:
             except ValueError as error:  # grpc's way to say that close() came in between
                 raise ClientClosedError(f"the client for {self.url} was closed") from error
             except grpc.RpcError as error:
+                if self.is_closed:
+                    raise ClientClosedError(f"the client for {self.url} was closed while it asked") from None
                 raise small_call_error(*status_of(error), self.url, timeout_s) from None
 
     def describe(self, model: str, timeout_s: float, headers: Headers = ()) -> ModelMetadata:
@@ -135,7 +140,7 @@ class Connection:
     def close(self) -> None:
         """Cancel every open call and close the channel; may be called twice and from any thread."""
         with self._lock:
-            self._is_closed = True
+            self.is_closed = True
             channel, self._channel, self._stub = self._channel, None, None
         if self._pid != os.getpid():  # the parent's: a child has no business with it
             return
@@ -172,7 +177,7 @@ class Connection:
     def _open(self) -> Any:
         """The stub, with its channel, made at the first call of each process."""
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 raise ClientClosedError(f"the client for {self.url} was closed; make a new one")
             if self._stub is None or self._pid != os.getpid():
                 self._pid, self._calls = os.getpid(), weakref.WeakSet()
@@ -232,9 +237,7 @@ class Responses:
         try:
             message = next(self._call, None)
         except grpc.RpcError as error:
-            if self._is_cancelled:
-                return None
-            raise self._reader.error(*status_of(error)) from None
+            return self._end_by(*status_of(error))
         if message is None:
             if not self._is_cancelled:
                 self._reader.check_whole()
@@ -243,6 +246,14 @@ class Responses:
             self._drain()
             raise self._reader.refusal(message.error_message)
         return self._reader.take(message.infer_response)
+
+    def _end_by(self, code: str, details: str) -> None:
+        """The RPC has ended by this status, which is no error where it was cancelled here."""
+        if self._is_cancelled:
+            return
+        if self._connection.is_closed:
+            raise ClientClosedError("the client was closed while the request ran") from None
+        raise self._reader.error(code, details) from None
 
     def _leave_at_interrupt(self, error: BaseException) -> None:
         interrupt = _interrupt_in(error)
@@ -275,13 +286,9 @@ class Answer(Responses):
         try:
             return self._reader.take(self._call.result())
         except grpc.FutureCancelledError:  # by us: a server's CANCELLED is an RpcError
-            if self._is_cancelled:
-                return None
-            raise self._reader.error("CANCELLED", "the client was closed") from None
+            return self._end_by("CANCELLED", "the call was cancelled")
         except grpc.RpcError as error:
-            if self._is_cancelled:
-                return None
-            raise self._reader.error(*status_of(error)) from None
+            return self._end_by(*status_of(error))
 
 
 def _interrupt_in(error: BaseException) -> BaseException | None:

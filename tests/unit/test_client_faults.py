@@ -546,6 +546,28 @@ async def test_closing_while_many_run_takes_a_second_at_most_and_fails_them_all(
         await client.generate("hi")
 
 
+def test_whatever_a_close_cuts_off_says_that_the_client_was_closed(fake: FakeTriton) -> None:
+    seen = set()
+
+    def ask(client: MinitronClient, turn: int) -> None:
+        try:
+            while True:
+                client.health() if turn % 2 else client.generate("hi")
+        except BaseException as error:
+            seen.add((type(error).__name__, "closed" in str(error)))
+
+    for _ in range(12):
+        client = MinitronClient(fake.url, timeout_s=10)
+        threads = [threading.Thread(target=ask, args=(client, turn)) for turn in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        client.close()
+        for thread in threads:
+            thread.join()
+    assert seen == {("ClientClosedError", True)}
+
+
 def test_close_takes_a_second_at_most_though_no_stop_is_answered(fake: FakeTriton, make: Any) -> None:
     fake.script = until_cancelled
     fake.answers_stops = False
