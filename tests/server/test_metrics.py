@@ -22,7 +22,13 @@ from triton_calls import Channel, message, post
 from triton_repos import serving
 
 from minitron_build.bundle.bundle import Bundle
-from minitron_build.runtime.metrics import ENGINE_METRICS, FLUSH_INTERVAL_S, HISTOGRAM, REQUEST_METRICS
+from minitron_build.runtime.metrics import (
+    ENGINE_METRICS,
+    FLUSH_INTERVAL_S,
+    HISTOGRAM,
+    OUTCOMES,
+    REQUEST_METRICS,
+)
 from minitron_build.serving.triton_server import TritonServer
 from minitron_build.serving.triton_stubs import live_stubs, read_state
 from minitron_client import health_command
@@ -121,6 +127,25 @@ async def test_ends_by_their_outcome(running_server: TritonServer, channel: Chan
         assert _change(before, after, "minitron_requests_total", TEXT, outcome=outcome) == 1, outcome
     # What ended above it, the engine sees as stopped.
     assert _change(before, after, "minitron_requests_total", TOKENS, outcome="cancelled") == 2
+
+
+async def test_a_stop_word_completes_a_request_in_the_engine_too(
+    running_server: TritonServer, channel: Channel
+) -> None:
+    asked = {"text_input": "def f(", "max_tokens": 400, "end_id": -1, "stream": True}
+    text = await channel.text(TEXT, **asked)
+    word = text[20:24]
+    before = await _scrape(running_server)
+    assert await channel.text(TEXT, **asked, stop_words=word) == text[: text.index(word) + len(word)]
+    after = await _scrape(running_server)
+    for model in (TEXT, TOKENS):
+        ended = {
+            outcome: _change(before, after, "minitron_requests_total", model, outcome=outcome)
+            for outcome in OUTCOMES.values()
+        }
+        assert ended == dict.fromkeys(OUTCOMES.values(), 0) | {"completed": 1}, model
+    # It was the stop that ended it there, not its length.
+    assert _change(before, after, "minitron_output_tokens_total", TOKENS) < 400
 
 
 async def test_gauges_rise_and_return_to_zero(running_server: TritonServer, channel: Channel) -> None:

@@ -112,12 +112,14 @@ def test_a_stop_is_sent_once_asked_and_not_after_the_end(engine: Engine, route: 
     route.ask(1, ARRAYS, [], 1)
     route.stop(1)
     connection, _ = engine.hear()
-    assert engine.hear() == (connection, ("stop", 1))
+    assert engine.hear() == (connection, ("stop", 1, False))
     connection.put((1, (), (), [], "cancelled", None))
     take(route, 1)
     route.stop(1)
     route.ask(2, ARRAYS, [], 1)
     assert engine.hear()[1][:2] == ("ask", 2)
+    route.stop(2, is_whole=True)
+    assert engine.hear() == (connection, ("stop", 2, True))
 
 
 def test_without_an_engine_a_request_is_refused_at_once(route: LinkRoute) -> None:

@@ -38,8 +38,12 @@ class EngineRoute(Protocol):
             StatusError: UNAVAILABLE, the engine model cannot be reached.
         """
 
-    def stop(self, number: int) -> None:
-        """End a sequence early; its last step still comes. Does nothing when it has ended."""
+    def stop(self, number: int, *, is_whole: bool = False) -> None:
+        """End a sequence early; its last step still comes. Does nothing when it has ended.
+
+        Args:
+            is_whole: nothing is lost by it: the sequence has all that was asked for.
+        """
 
     def take(self, timeout_s: float | None) -> Steps:
         """Wait for steps; empty after the timeout and after `wake`."""
@@ -79,12 +83,12 @@ class LinkRoute:
                 self._open.discard(number)
                 raise self._gone(str(error)) from error
 
-    def stop(self, number: int) -> None:
-        """End a sequence early."""
+    def stop(self, number: int, *, is_whole: bool = False) -> None:
+        """End a sequence early; the engine is told whether that completes it."""
         with self._lock:
             if number in self._open and self._socket is not None:
                 try:
-                    self._send(to_frame(("stop", number)))
+                    self._send(to_frame(("stop", number, is_whole)))
                 except OSError:  # the engine is gone, which `take` notices
                     self.wake()
 

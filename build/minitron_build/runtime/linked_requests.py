@@ -2,8 +2,9 @@
 
 It knows the link's messages, engine requests and outputs. It knows nothing of sockets and of text.
 
-A text model says `("ask", number, arrays, priority_level)` and `("stop", number)`; it hears items
-`(number, token_ids, log_probs, arrays, finish_reason, error)`, the last of which has a reason or an error.
+A text model says `("ask", number, arrays, priority_level)` and `("stop", number, is_whole)`, where a stop
+word in the text makes a sequence whole; it hears items `(number, token_ids, log_probs, arrays, finish_reason,
+error)`, the last of which has a reason or an error.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class _Linked:
         (self.sequence,) = asked.sequences  # a text model asks for each sequence by itself
         self.held: list[EngineOutput] = []
         self.output_tokens = 0
+        self.is_whole = False
         self._request_meter = RequestMeter(metrics, time.monotonic())
         self._request_meter.accepted(len(self.sequence.generation.input_ids))
         self._token_meter = TokenMeter(metrics, self._request_meter)
@@ -60,7 +62,8 @@ class _Linked:
             self._request_meter.scheduled((times.first_scheduled_ns - times.arrival_ns) / 1e9)
         self._token_meter.tokens(len(output.token_ids))
         if output.finish_reason is not None:
-            self._request_meter.end(_STATUS_OF_END.get(output.finish_reason))
+            status = _STATUS_OF_END.get(output.finish_reason)
+            self._request_meter.end(None if status == CANCELLED and self.is_whole else status)
 
     def refuse(self, error: StatusError) -> None:
         """Count a refusal by the engine, and pass it on."""
@@ -104,7 +107,7 @@ class LinkedRequests:
         """Take one message; whatever is wrong with it fails its own request."""
         verb, number, *rest = message
         if verb == "stop":
-            self._stop(connection, number)
+            self._stop(connection, number, is_whole=rest[0])
             return
         try:
             linked = self._read(connection, number, *rest)
@@ -124,7 +127,7 @@ class LinkedRequests:
         """Nobody reads any more: compute nothing more for it."""
         for owner, number in list(self._open):
             if owner is connection:
-                self._stop(connection, number)
+                self._stop(connection, number, is_whole=False)
 
     def wait_until_idle(self) -> None:
         """Return once no request is open; Triton knows of none, and would close the engine under them."""
@@ -143,9 +146,10 @@ class LinkedRequests:
         )
         return _Linked(connection, number, asked, self._metrics)
 
-    def _stop(self, connection: LinkConnection, number: int) -> None:
+    def _stop(self, connection: LinkConnection, number: int, *, is_whole: bool) -> None:
         linked = self._open.get((connection, number))
         if linked is not None:
+            linked.is_whole = is_whole
             self._engine.cancel(linked.key)
 
     def _on_output(self, linked: _Linked, output: EngineOutput) -> None:

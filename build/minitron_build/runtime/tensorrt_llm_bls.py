@@ -311,7 +311,8 @@ class TritonPythonModel:
         call.was_stopped |= stream.text.finish_reason == "cancelled"
         call.remaining -= has_finished
         if has_finished and not stream.has_ended:
-            self._route.stop(stream.number)  # the text is complete: the engine's slot is free for another
+            # The text is complete: the engine's slot is free for another.
+            self._route.stop(stream.number, is_whole=True)
         if call.remaining:
             call.sender.send(response)
         else:

@@ -56,8 +56,8 @@ class TritonRoute:
             engine_id = self._ids[number] = uuid.uuid4().hex
         self._stream_threads.submit(self._follow, number, engine_id, arrays, outputs)
 
-    def stop(self, number: int) -> None:
-        """End a sequence early, by the id it has in the engine model."""
+    def stop(self, number: int, *, is_whole: bool = False) -> None:
+        """End a sequence early, by the id it has in the engine model, which has no word for a whole one."""
         with self._lock:
             engine_id = self._ids.get(number)
             if engine_id is None or number in self._stop_again_s:
