@@ -117,6 +117,20 @@ def test_token_ids_give_the_text_of_their_text(sdk: openai.OpenAI, prompt_ids: l
     assert "".join(chunk.choices[0].text for chunk in streamed) == of_text.choices[0].text
 
 
+def test_an_empty_prompt_goes_on_from_the_id_that_begins_a_text(
+    sdk: openai.OpenAI, grpc: MinitronClient
+) -> None:
+    ask: Any = {"model": MODEL, "max_tokens": 12, "temperature": 0}
+    begin = grpc.tokenize("")
+    of_ids = sdk.completions.create(prompt=begin, **ask)
+    of_nothing = sdk.completions.create(prompt="", echo=True, logprobs=None, **ask)
+    assert len(begin) == 1
+    assert of_nothing.choices == of_ids.choices
+    assert of_nothing.usage == of_ids.usage
+    streamed = sdk.completions.create(prompt="", stream=True, **ask)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == of_ids.choices[0].text
+
+
 def test_seeds(sdk: openai.OpenAI, grpc: MinitronClient) -> None:
     ask: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24}
     pair = sdk.completions.create(seed=5, n=2, **ask).choices
@@ -197,7 +211,7 @@ def test_a_model_with_a_template_chats(
     [
         ({"max_tokens": 100_000}, openai.BadRequestError, "max_seq_len is 2048"),
         ({"prompt": "x" * 9000}, openai.BadRequestError, "max_input_len is 1024"),
-        ({"prompt": ""}, openai.BadRequestError, "the prompt is empty"),
+        ({"max_tokens": 0, "echo": True}, openai.BadRequestError, "max_tokens is 0, which asks for the log"),
         ({"prompt": [99_999]}, openai.BadRequestError, "token id 99999"),
         ({"model": "gpt-9"}, openai.NotFoundError, "does not exist"),
         ({"suffix": "x"}, openai.BadRequestError, "suffix is not supported"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,6 +13,7 @@ import pytest
 from openai_door import MODEL, Call, OpenDoor, PlayingClient, Step, open_door, words
 
 from minitron_client import Chunk, OverloadedError
+from minitron_client.openai.served_tokenizer import read_tokenizer_dir
 
 FOX = ("The", " quick", " brown", " fox", ".\n", "Next")
 
@@ -123,6 +125,49 @@ async def test_choices_are_streamed_side_by_side(door: OpenDoor, sdk: openai.Asy
     async for chunk in stream:
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == {0: "x<0>", 1: "x<1>", 2: "x<2>"}
+
+
+async def test_the_usage_of_several_choices_comes_once_and_last(sdk: openai.AsyncOpenAI) -> None:
+    stream = await sdk.completions.create(
+        model=MODEL, prompt=["x", "y"], n=2, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert sorted({choice.index for chunk in chunks for choice in chunk.choices}) == [0, 1, 2, 3]
+    ends = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert ends == ["length"] * 4
+    assert [chunk.usage is not None for chunk in chunks[-2:]] == [False, True]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.to_dict() == {"prompt_tokens": 10, "completion_tokens": 12, "total_tokens": 22}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_empty_prompt_is_the_id_that_begins_a_text(tiny_minitron: Path, stream: bool) -> None:
+    begin = tuple(read_tokenizer_dir(tiny_minitron).tokenizer.encode(""))
+    async with (
+        open_door(PlayingClient(), tokenizer_dir=tiny_minitron) as door,
+        openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as sdk,
+    ):
+        if stream:
+            events = await sdk.completions.create(model=MODEL, prompt="", echo=True, stream=True)
+            text = "".join([event.choices[0].text async for event in events])
+        else:
+            answer = await sdk.completions.create(model=MODEL, prompt=["", "x"], echo=True)
+            text = answer.choices[0].text
+            assert answer.choices[1].text == "xabc"
+    assert text == "abc"
+    assert len(begin) == 1
+    assert door.client.calls[0].prompt == begin
+
+
+async def test_an_empty_prompt_is_refused_where_nothing_begins_a_text(tiny_copy: Path) -> None:
+    file = tiny_copy / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
+    async with open_door(PlayingClient(), tokenizer_dir=tiny_copy) as door:
+        answer = await door.post(prompt="")
+    assert answer.status_code == 400
+    assert "prompt is empty, and this model has no token that begins a text" in answer.text
+    assert door.client.calls == []
 
 
 async def test_token_ids_are_passed_on(door: OpenDoor, sdk: openai.AsyncOpenAI) -> None:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from minitron_client.openai.api_errors import invalid, unsupported
 from minitron_client.openai.choice_text import Piece
-from minitron_client.openai.fields import MAX_CHOICES, CompletionFields
+from minitron_client.openai.fields import MAX_CHOICES, CompletionFields, Prompt
 from minitron_client.openai.generation import Job
 from minitron_client.openai.reply import Reply
+from minitron_client.openai.served_tokenizer import ServedTokenizer
 from minitron_client.openai.token_texts import TokenText
 
 
@@ -23,6 +24,12 @@ def check_completion(fields: CompletionFields) -> None:
     Raises:
         ApiError: 400, a combination that cannot be served.
     """
+    if fields.max_tokens == 0:
+        raise invalid(
+            "max_tokens",
+            "is 0, which asks for the log probabilities of the prompt; the server tells only those of the "
+            "tokens it generates: give at least 1",
+        )
     per_prompt = max(fields.n, fields.best_of or 0)
     if len(fields.prompt) * per_prompt > MAX_CHOICES:
         raise invalid(
@@ -40,7 +47,22 @@ def check_completion(fields: CompletionFields) -> None:
 def needs_tokenizer(fields: CompletionFields) -> bool:
     """Whether the answer holds what only the tokenizer knows."""
     echoes_ids = fields.echo and not all(isinstance(prompt, str) for prompt in fields.prompt)
-    return fields.logprobs is not None or echoes_ids
+    return fields.logprobs is not None or echoes_ids or "" in fields.prompt
+
+
+def begun_prompts(fields: CompletionFields, tokenizer: ServedTokenizer | None) -> tuple[Prompt, ...]:
+    """The prompts; an empty one is the id that begins every text, as OpenAI begins a new document.
+
+    Raises:
+        ApiError: 400, this model begins texts with no id.
+    """
+    if "" not in fields.prompt:
+        return fields.prompt
+    assert tokenizer is not None  # needs_tokenizer says so
+    begin = tuple(tokenizer.tokenizer.encode(""))
+    if not begin:
+        raise invalid("prompt", "is empty, and this model has no token that begins a text: give some text")
+    return tuple(prompt or begin for prompt in fields.prompt)
 
 
 def check_alternatives(name: str, number: int, *, is_greedy: bool) -> None:

@@ -20,7 +20,12 @@ from minitron_client.openai.api_errors import ApiError, api_error
 from minitron_client.openai.api_keys import ApiKeys
 from minitron_client.openai.chat import DEFAULT_CHAT_TOKENS, ChatReply, check_chat
 from minitron_client.openai.choice_text import Piece
-from minitron_client.openai.completions import CompletionReply, check_completion, needs_tokenizer
+from minitron_client.openai.completions import (
+    CompletionReply,
+    begun_prompts,
+    check_completion,
+    needs_tokenizer,
+)
 from minitron_client.openai.door_metrics import DoorMetrics
 from minitron_client.openai.fields import ChatFields, CompletionFields, SamplingFields, read_fields
 from minitron_client.openai.generation import Generation, Running, TextClient
@@ -88,7 +93,8 @@ class Door:
         name = self._served_name(fields)
         check_completion(fields)
         tokenizer = await self._load_tokenizer() if needs_tokenizer(fields) else None
-        reply = CompletionReply(fields, fields.prompt, model=name, tokenizer=tokenizer)
+        prompts = begun_prompts(fields, tokenizer)
+        reply = CompletionReply(fields, prompts, model=name, tokenizer=tokenizer)
         return await self._answer(request, reply)
 
     async def chat(self, request: Request) -> Response:

@@ -143,7 +143,8 @@ class CompletionFields(SamplingFields):
     """`POST /v1/completions`."""
 
     prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_as_prompts)]
-    max_tokens: int = Field(DEFAULT_COMPLETION_TOKENS, ge=1)
+    max_tokens: int = Field(DEFAULT_COMPLETION_TOKENS, ge=0)
+    """0, which OpenAI takes to score a prompt, is refused with the reason."""
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
