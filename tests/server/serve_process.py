@@ -54,6 +54,11 @@ class ServeProcess:
             with error:
                 return error.code
 
+    def state(self) -> dict[str, Any]:
+        """What /live tells."""
+        with urllib.request.urlopen(f"{self.health_url}/live", timeout=5) as answer:
+            return dict(json.load(answer))
+
     def wait_for_ready(self, code: int, timeout_s: float = 60) -> None:
         deadline_s = time.monotonic() + timeout_s
         while self.ready() != code:

@@ -114,7 +114,11 @@ async def _fails_and_recovers(served: ServeProcess, fault: Callable[[], None], w
     assert time.monotonic() - began_s < 60, "no stream hangs"
     assert {str(end).partition(":")[0] for end in ends} == {"UNAVAILABLE"}, ends
     await asyncio.to_thread(served.wait_for_ready, 503, 10)
+    assert words in served.state()["reason"]
     await asyncio.to_thread(served.wait_for_ready, 200)
+    state = served.state()
+    assert (state["state"], state["reason"]) == ("ready", ""), "nothing is wrong any more"
+    assert words in state["last_loss"]
     assert any(words in line for line in served.errors[num_lines:]), served.errors
     assert await ask_short(served.document["grpc"])
 

@@ -145,7 +145,15 @@ class TestEndpoint:
                 assert self._get(port, "/ready")[0] == (200 if phase is Phase.READY else 503)
                 code, document = self._get(port, "/live")
                 assert (code, document["state"]) == (200, phase.value)
-            assert document["reason"] == "why"
+                assert document["reason"] == ("why" if phase is Phase.RED else "")
+                if phase is Phase.RED:
+                    state.start_again("why")
+                    state.enter(Phase.STARTING)
+                    assert self._get(port, "/ready")[1]["reason"] == "why"
+                    state.enter(Phase.READY)
+                    document = self._get(port, "/ready")[1]
+                    told = {name: document[name] for name in ("state", "reason", "restarts", "last_loss")}
+                    assert told == {"state": "ready", "reason": "", "restarts": 1, "last_loss": "why"}
             assert self._get(port, "/else")[0] == 404
         with pytest.raises(urllib.error.URLError):
             self._get(port, "/live")

@@ -41,21 +41,27 @@ class ServeState:
 
     Attributes:
         phase: where it stands.
-        reason: what went wrong last; "" if nothing did.
+        reason: what is wrong until it is ready again; "" if nothing is.
         restarts: how often Triton was started again.
+        last_loss: what the last of them was for; "" without any.
         since_s: `time.monotonic()` of the last change of phase.
     """
 
     phase: Phase = Phase.STARTING
     reason: str = ""
     restarts: int = 0
+    last_loss: str = ""
     since_s: float = 0.0
 
     def enter(self, phase: Phase, reason: str | None = None) -> None:
-        """Change phase; the reason stays unless another is given."""
+        """Change phase; the reason stays until another is given, or nothing is wrong any more."""
         self.phase, self.since_s = phase, time.monotonic()
-        if reason is not None:
-            self.reason = reason
+        if reason is not None or phase is Phase.READY:
+            self.reason = reason or ""
+
+    def start_again(self, reason: str) -> None:
+        """Count a restart."""
+        self.restarts, self.last_loss = self.restarts + 1, reason
 
     def document(self) -> dict[str, Any]:
         """What an answer holds."""
@@ -64,6 +70,7 @@ class ServeState:
             "for_s": round(time.monotonic() - self.since_s, 1),
             "restarts": self.restarts,
             "reason": self.reason,
+            "last_loss": self.last_loss,
         }
 
 

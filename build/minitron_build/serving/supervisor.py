@@ -201,7 +201,7 @@ class _Supervisor:
             done = f"{self._budget.limit} restarts did not help" if self._budget.limit else "no --restarts"
             raise StageError(f"{error}; {done}: start minitron serve again") from error
         say(f"{error}; restart {self._budget.used} of {self._budget.limit} in {wait_s:g} s")
-        self.state.restarts += 1
+        self.state.start_again(str(error))
         return not signals.wait(wait_s)
 
 
