@@ -533,7 +533,43 @@ class TestRoot:
         name, said = serve_root(copy)
         assert name == "hopper-tp1"
         assert any(
-            "not hopper-tp2 (unreadable): " in line and "manifest.json is missing" in line for line in said
+            line.startswith("minitron: not hopper-tp2 (unfinished): ")
+            and line.endswith("expected a finished bundle; run the build command again: it resumes")
+            for line in said
+        )
+
+    def test_broken_manifest_is_no_unfinished_bundle(
+        self, copy: Path, machine: GpuMachine, serve_root: Callable[[Path], tuple[str, list[str]]]
+    ) -> None:
+        (copy / "hopper-tp2" / "manifest.json").write_text("{")
+        machine.add_gpus(H100, H100)
+        machine.add_tool()
+        name, said = serve_root(copy)
+        assert name == "hopper-tp1"
+        (line,) = (line for line in said if "hopper-tp2" in line)
+        assert line.startswith("minitron: not hopper-tp2 (unreadable): ")
+        assert line.endswith("; copy the bundle again, or build it again")
+
+    def test_only_unfinished_ones(self, copy: Path, machine: GpuMachine, refusal: Serve) -> None:
+        for path in copy.iterdir():
+            (path / "manifest.json").unlink()
+        line = refusal(copy)
+        assert "cpu (unfinished), hopper-tp1 (unfinished), hopper-tp2 (unfinished); expected one for" in line
+        assert line.endswith(
+            "finish ada-tp1 or cpu or hopper-tp1 or hopper-tp2: run its build command again, it resumes; "
+            f"or build one here with --arch auto --output-dir {copy}/NAME"
+        )
+
+    def test_unfinished_beside_one_that_does_not_fit(
+        self, copy: Path, machine: GpuMachine, refusal: Serve
+    ) -> None:
+        for name in ("ada-tp1", "cpu", "hopper-tp1"):
+            shutil.rmtree(copy / name)
+        shutil.copytree(copy / "hopper-tp2", copy / "another")
+        (copy / "another" / "manifest.json").unlink()
+        assert refusal(copy).endswith(
+            f"finish another: run its build command again, it resumes; or build one here with --arch auto "
+            f"--output-dir {copy}/NAME; minitron serve {copy / 'hopper-tp2'} tells why that one does not fit"
         )
 
     def test_folder_without_bundles(self, tmp_path: Path, refusal: Serve) -> None:

@@ -142,6 +142,36 @@ def test_broken_engines(copy: Callable[[str], Path], edit_json: EditJson) -> Non
         inspect(engine)
 
 
+BROKEN_HERE = {
+    "config.json of a checkpoint": (
+        "checkpoint",
+        "config.json",
+        "fetch or copy the folder again, or build it",
+    ),
+    "config.json of an engine": (
+        "engine",
+        "config.json",
+        "fetch or copy the folder again, or build it again",
+    ),
+    "conversion.json": ("checkpoint", "conversion.json", "copy the checkpoint again, or build it again"),
+    "rank file": ("checkpoint", "rank1.safetensors", "copy the checkpoint again, or build it again"),
+    "engine.json": ("engine", RECORD_NAME, "copy the whole engine directory, or build it again"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_HERE)
+def test_a_file_that_was_made_here_is_not_to_be_fetched(
+    name: str, copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    artefact, file, todo = BROKEN_HERE[name]
+    path = copy(artefact)
+    (path / file).write_bytes((path / file).read_bytes()[:-20])
+    code, _, err = inspect_cli(path, capsys)
+    assert (code, err.count("\n")) == (1, 1)
+    assert todo in err
+    assert "fetch the file" not in err
+
+
 def test_engine_without_and_with_a_foreign_record(copy: Callable[[str], Path], edit_json: EditJson) -> None:
     engine = copy("engine")
     edit_json(engine / RECORD_NAME, {"sm": ...})

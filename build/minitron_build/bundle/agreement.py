@@ -21,6 +21,7 @@ from minitron_build.repository.model_repo import ENGINE_MODEL
 from minitron_build.source.model_config import read_json_object
 
 CONFIG_NAME = "config.json"
+COPY_OR_BUILD = "copy the whole bundle again, or build it again"
 ENGINE_PATH = f"{MODEL_REPO_DIR}/{ENGINE_MODEL}/1"
 
 
@@ -51,7 +52,7 @@ def check_plan(bundle: Bundle) -> str:
                 f"plan.{fact.field} is {found}",
                 expected=f"{fact.value}, as {fact.file} says",
                 where=str(bundle.path / MANIFEST_NAME),
-                todo="copy the whole bundle again, or build it again",
+                todo=COPY_OR_BUILD,
             )
     return f"the plan's {', '.join(dict.fromkeys(fact.field for fact in facts))} are those of its files"
 
@@ -76,11 +77,13 @@ def _engine_facts(engine_dir: Path) -> Iterator[_Fact]:
 
 
 def _checkpoint_facts(path: Path) -> Iterator[_Fact]:
-    config = read_json_object(path)
+    config = read_json_object(path, todo=COPY_OR_BUILD)
     try:
         yield from _model_facts(config["mapping"], config["quantization"], f"{CHECKPOINT_DIR}/{CONFIG_NAME}")
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"a configuration that cannot be read ({error})", where=str(path)) from None
+        raise CheckpointError(
+            f"a configuration that cannot be read ({error})", where=str(path), todo=COPY_OR_BUILD
+        ) from None
 
 
 def _model_facts(sizes: Mapping[str, Any], quantization: Mapping[str, Any], file: str) -> Iterator[_Fact]:

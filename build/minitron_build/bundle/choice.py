@@ -19,17 +19,23 @@ from minitron_build.errors import CheckpointError, MachineError, MinitronError
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A bundle under a root, or a folder that should be one and cannot be read."""
+    """A bundle under a root, or a folder that should be one.
+
+    Attributes:
+        bundle: None when it cannot be read, for the reason in `problem`.
+        is_finished: a build has written its last file.
+    """
 
     name: str
     bundle: Bundle | None
     problem: str = ""
+    is_finished: bool = True
 
     @property
     def label(self) -> str:
         """Its name, and what it is for: `hopper-fp8 (hopper, fp8, tp 2)`."""
         if self.bundle is None:
-            return f"{self.name} (unreadable)"
+            return f"{self.name} ({'unreadable' if self.is_finished else 'unfinished'})"
         arch, plan = self.bundle.manifest.arch, self.bundle.manifest.plan
         words = [arch, str(plan.get("precision")), *([f"tp {self.tp_size}"] if arch != CPU_ARCH else [])]
         return f"{self.name} ({', '.join(words)})"
@@ -115,7 +121,7 @@ def _candidate(path: Path) -> Candidate:
     try:
         return Candidate(path.name, Bundle.load(path))
     except MinitronError as error:
-        return Candidate(path.name, None, str(error))
+        return Candidate(path.name, None, str(error), (path / MANIFEST_NAME).is_file())
 
 
 def _misfit(candidate: Candidate, machine: ServingMachine) -> str:
@@ -143,10 +149,14 @@ def _why(best: Candidate, fitting: list[Candidate], machine: ServingMachine) -> 
 
 
 def _none_fits(root: Path, candidates: tuple[Candidate, ...], machine: ServingMachine) -> MachineError:
+    todo = [f"build one here with --arch auto --output-dir {root}/NAME"]
+    if unfinished := [candidate.name for candidate in candidates if not candidate.is_finished]:
+        todo = [f"finish {' or '.join(unfinished)}: run its build command again, it resumes; or {todo[0]}"]
+    if finished := [candidate.name for candidate in candidates if candidate.is_finished]:
+        todo.append(f"minitron serve {root / finished[0]} tells why that one does not fit")
     return MachineError(
         f"none of its bundles fits: {', '.join(candidate.label for candidate in candidates)}",
         expected=f"one for {machine.gpu_words}",
         where=str(root),
-        todo=f"build one here with --arch auto --output-dir {root}/NAME; "
-        f"minitron serve {root / candidates[0].name} tells why that one does not fit",
+        todo="; ".join(todo),
     )

@@ -109,7 +109,7 @@ def _reader_of(path: Path) -> Callable[[Path, bool], Report]:
         return _inspect_bundle
     if not (path / "config.json").is_file():
         raise _unknown(path, f"neither {MANIFEST_NAME} nor config.json in it")
-    config = read_json_object(path / "config.json")
+    config = read_json_object(path / "config.json", todo="fetch or copy the folder again, or build it again")
     if "pretrained_config" in config or "build_config" in config:
         return _inspect_engine
     if "architecture" in config:

@@ -74,7 +74,7 @@ class Manifest:
                 where=str(bundle_dir),
                 todo="run the build command again: it resumes",
             )
-        raw = read_json_object(path)
+        raw = read_json_object(path, todo="copy the bundle again, or build it again")
         if raw.get("schema") != MANIFEST_SCHEMA:
             raise CheckpointError(
                 f"schema {raw.get('schema')!r}",
@@ -95,7 +95,11 @@ class Manifest:
                 verification=raw.get("verification"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"a record that cannot be read ({error})", where=str(path)) from None
+            raise CheckpointError(
+                f"a record that cannot be read ({error})",
+                where=str(path),
+                todo="copy the bundle again, or build it again",
+            ) from None
 
 
 def digest_file(path: Path) -> FileDigest:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from minitron_build.checkpoint.trtllm_checkpoint import rank_name
+from minitron_build.checkpoint.trtllm_checkpoint import COPY_OR_BUILD, rank_name
 from minitron_build.checkpoint.weight_map import Mapping as RankMapping
 from minitron_build.checkpoint.weight_map import rank_tensors
 from minitron_build.errors import CheckpointError, PlanError
@@ -75,7 +75,7 @@ def check_tensors(checkpoint_dir: Path) -> CheckpointFacts:
             missing or has another dtype or shape; names file and tensor.
     """
     path = checkpoint_dir / "config.json"
-    config = read_json_object(path)
+    config = read_json_object(path, todo=COPY_OR_BUILD)
     try:
         model, mapping = read_model(config), _read_mapping(config)
         _check_quantization(config)
@@ -88,7 +88,7 @@ def check_tensors(checkpoint_dir: Path) -> CheckpointFacts:
     unread: list[str] = []
     num_tensors = weights_bytes = 0
     for rank, (needs, optional) in enumerate(wanted):
-        header = read_header(checkpoint_dir / rank_name(rank))
+        header = read_header(checkpoint_dir / rank_name(rank), todo=COPY_OR_BUILD)
         found = {tensor.name: TensorNeed((tensor.dtype,), tensor.shape) for tensor in header.tensors}
         _check_rank(checkpoint_dir / rank_name(rank), found, needs, optional)
         unread += [f"{rank_name(rank)}: {name}" for name in found.keys() - needs.keys() - optional.keys()]

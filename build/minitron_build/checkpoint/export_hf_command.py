@@ -22,6 +22,7 @@ from minitron_build.calibration.samples import (
     read_calibration_set,
 )
 from minitron_build.checkpoint.fp8_stage import calibration_bar
+from minitron_build.checkpoint.trtllm_checkpoint import COPY_OR_BUILD
 from minitron_build.errors import CheckpointError, UsageError
 from minitron_build.planning.plan_flags import add_calibration_flags
 from minitron_build.source.hub import DEFAULT_CHECKPOINT, resolve_checkpoint
@@ -96,7 +97,7 @@ def _calibration(args: argparse.Namespace, source: Source) -> CalibrationSet | C
 def _no_calibration(given: Path, folders: tuple[Path, ...]) -> CheckpointError:
     """Why a folder has none: it is bf16, or it is no checkpoint or bundle that keeps one."""
     configs = [path / "config.json" for path in folders]
-    is_bf16 = any(_is_bf16(read_json_object(path)) for path in configs if path.is_file())
+    is_bf16 = any(_is_bf16(read_json_object(path, todo=COPY_OR_BUILD)) for path in configs if path.is_file())
     if (given / MANIFEST_NAME).is_file():
         is_bf16 = is_bf16 or Bundle.load(given).manifest.plan.get("precision") == "bf16"
     return CheckpointError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron_build.calibration.amax import CALIBRATION_NAME, KEY_SITE, VALUE_SITE, Calibration
 from minitron_build.calibration.samples import CalibrationSet, read_calibration_set
-from minitron_build.checkpoint.trtllm_checkpoint import TrtllmCheckpoint
+from minitron_build.checkpoint.trtllm_checkpoint import COPY_OR_BUILD, TrtllmCheckpoint
 from minitron_build.checkpoint.work_folder import write_durably
 from minitron_build.source.model_config import ModelConfig, read_json_object
 
@@ -64,7 +64,7 @@ def build_fp8_checkpoint(
 def read_verification(checkpoint_dir: Path) -> dict[str, Any] | None:
     """The verdict that a build wrote beside a checkpoint, if it did."""
     path = checkpoint_dir / VERIFICATION_NAME
-    return read_json_object(path) if path.is_file() else None
+    return read_json_object(path, todo=COPY_OR_BUILD) if path.is_file() else None
 
 
 def _say_what_is_calibrated(data: CalibrationSet) -> None:

@@ -20,6 +20,8 @@ from minitron_build.errors import CheckpointError
 from minitron_build.source.model_config import ARCHITECTURE, ModelConfig, read_json_object
 
 CONVERSION_NAME = "conversion.json"
+COPY_OR_BUILD = "copy the checkpoint again, or build it again with --force"
+"""What helps with a broken file of a checkpoint."""
 CONVERSION_SCHEMA = 1
 MODELOPT_VERSION = "0.47.0"
 """The release whose FP8 export this toolkit reproduces, byte for byte."""
@@ -229,7 +231,7 @@ class TrtllmCheckpoint:
         Raises:
             CheckpointError: not such a folder, or a file is missing or has another size.
         """
-        record = read_json_object(checkpoint_dir / CONVERSION_NAME)
+        record = read_json_object(checkpoint_dir / CONVERSION_NAME, todo=COPY_OR_BUILD)
         if record.get("schema") != CONVERSION_SCHEMA:
             raise CheckpointError(
                 f"schema {record.get('schema')!r}",
@@ -243,10 +245,16 @@ class TrtllmCheckpoint:
             digest = str(record["plan_digest"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"a record that cannot be read ({error})", where=str(checkpoint_dir / CONVERSION_NAME)
+                f"a record that cannot be read ({error})",
+                where=str(checkpoint_dir / CONVERSION_NAME),
+                todo=COPY_OR_BUILD,
             ) from None
         checkpoint = cls(
-            checkpoint_dir, read_json_object(checkpoint_dir / "config.json"), digest, sources, files
+            checkpoint_dir,
+            read_json_object(checkpoint_dir / "config.json", todo=COPY_OR_BUILD),
+            digest,
+            sources,
+            files,
         )
         checkpoint._check_sizes()
         return checkpoint

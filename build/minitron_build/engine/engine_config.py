@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from minitron_build.planning.plan import BuildPlan
 
 FILE_NAME = "config.json"
+COPY_OR_BUILD = "copy the whole engine directory, or build it again with --force"
+"""What helps with a broken file of an engine directory."""
 DTYPES = ("float32", "float16", "bfloat16")
 LOGITS_DTYPES = ("float32", "float16")
 KV_CACHE_TYPES = ("continuous", "paged", "disabled")
@@ -126,7 +128,7 @@ class EngineConfig:
         if not path.is_file():
             found = f"{FILE_NAME} is missing" if engine_dir.is_dir() else "no such folder"
             raise CheckpointError(found, expected="a TensorRT-LLM engine directory", where=str(engine_dir))
-        return cls.from_dict(read_json_object(path), where=str(path))
+        return cls.from_dict(read_json_object(path, todo=COPY_OR_BUILD), where=str(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: str = FILE_NAME) -> EngineConfig:

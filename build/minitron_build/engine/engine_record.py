@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron_build.bundle.manifest import digest_file
 from minitron_build.checkpoint.trtllm_checkpoint import CONVERSION_NAME, FileDigest, TrtllmCheckpoint
+from minitron_build.engine.engine_config import COPY_OR_BUILD
 from minitron_build.errors import CheckpointError
 from minitron_build.planning.trtllm_flags import with_paths
 from minitron_build.source.model_config import read_json_object
@@ -71,7 +72,7 @@ class EngineRecord:
             CheckpointError: none, not readable, of another schema, or a file is missing or has another size.
         """
         path = engine_dir / RECORD_NAME
-        raw = read_json_object(path)
+        raw = read_json_object(path, todo=COPY_OR_BUILD)
         if raw.get("schema") != RECORD_SCHEMA:
             raise CheckpointError(
                 f"schema {raw.get('schema')!r}",
@@ -82,7 +83,9 @@ class EngineRecord:
         try:
             record = cls(**_fields(raw))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"a record that cannot be read ({error})", where=str(path)) from None
+            raise CheckpointError(
+                f"a record that cannot be read ({error})", where=str(path), todo=COPY_OR_BUILD
+            ) from None
         record._check_sizes(engine_dir)
         return record
 
@@ -107,8 +110,7 @@ class EngineRecord:
 
 
 def _changed(path: Path, found: str, expected: str) -> CheckpointError:
-    todo = "copy the whole engine directory, or build it again with --force"
-    return CheckpointError(found, expected=expected, where=str(path), todo=todo)
+    return CheckpointError(found, expected=expected, where=str(path), todo=COPY_OR_BUILD)
 
 
 def plan_digest(plan: BuildPlan, checkpoint_dir: Path) -> str:

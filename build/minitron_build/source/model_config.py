@@ -145,8 +145,11 @@ _COUNTS = (
 )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, todo: str | None = None) -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        todo: what helps when it is missing or broken; None for a file that was fetched from elsewhere.
 
     Raises:
         CheckpointError: no such file, not JSON, or not an object.
@@ -157,12 +160,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.name} is missing",
             where=str(path.parent),
-            todo="is this a Hugging Face checkpoint folder?",
+            todo="is this a Hugging Face checkpoint folder?" if todo is None else todo,
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"not JSON: {error}", where=str(path), todo="fetch the file again") from None
+        todo = "fetch the file again" if todo is None else todo
+        raise CheckpointError(f"not JSON: {error}", where=str(path), todo=todo) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"a JSON {type(value).__name__}", expected="an object", where=str(path))
+        found = f"a JSON {type(value).__name__}"
+        raise CheckpointError(found, expected="an object", where=str(path), todo=todo or "")
     return value
 
 

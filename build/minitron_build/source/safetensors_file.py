@@ -52,6 +52,10 @@ FOREIGN_STARTS = {
 }
 
 
+FETCH_AGAIN = "fetch the file again"
+"""What helps with a file that was fetched from elsewhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor's entry: where its bytes lie in the file (`start` from the file's first byte)."""
@@ -73,19 +77,31 @@ class SafetensorsHeader:
     tensors: tuple[TensorInfo, ...]
 
 
-def read_header(path: Path) -> SafetensorsHeader:
+def read_header(path: Path, *, todo: str = FETCH_AGAIN) -> SafetensorsHeader:
     """Read and check the header of a safetensors file.
+
+    Args:
+        todo: what helps when the file is broken.
 
     Raises:
         CheckpointError: not a safetensors file, truncated, or with entries that do not fit the file.
     """
+    try:
+        return _read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.found, expected=error.expected, where=error.where, todo=error.todo or todo
+        ) from None
+
+
+def _read_header(path: Path) -> SafetensorsHeader:
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
         _refuse_foreign(path, start)
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
         if not 2 <= length <= MAX_HEADER_BYTES or start[8:9] != b"{":
-            raise CheckpointError("not a safetensors file", where=str(path), todo="fetch the file again")
+            raise CheckpointError("not a safetensors file", where=str(path))
         file.seek(8)
         text = file.read(length)
     if len(text) < length:
@@ -136,9 +152,8 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
 def _truncated(path: Path, found_bytes: int, expected_bytes: int) -> CheckpointError:
     return CheckpointError(
         f"{found_bytes} bytes",
-        expected=f"{expected_bytes} bytes by its own header",
+        expected=f"{expected_bytes} bytes by its own header; the file is truncated or has grown",
         where=str(path),
-        todo="the file is truncated or has grown: fetch it again",
     )
 
 
@@ -153,9 +168,7 @@ def _read_entries(path: Path, text: bytes, file_bytes: int) -> tuple[TensorInfo,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"a safetensors header that cannot be read ({error})",
-            where=str(path),
-            todo="fetch the file again",
+            f"a safetensors header that cannot be read ({error})", where=str(path)
         ) from None
     end = 8 + len(text)
     for tensor in tensors:
