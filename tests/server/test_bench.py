@@ -79,6 +79,18 @@ def check_rows(rows: list[dict[str, str]], num_measured: int, num_warmup: int) -
     assert all(len(lengths) == 1 for lengths in by_index.values())
 
 
+def test_two_processes_measure_the_same_requests(bench: Bench, tmp_path: Path) -> None:
+    rows: list[dict[str, str]] = []
+    for processes in (1, 2):
+        file = tmp_path / f"{processes}.csv"
+        flags = f"{SHORT} --concurrency 4 --num-requests 12 --requests-csv {file}"
+        code, document, _, _ = bench(f"{flags} --processes {processes}")
+        assert code == 0
+        check_repeat(document["points"][0]["repeats"][0], 12)
+        rows += csv.DictReader(file.read_text().splitlines())
+    check_rows(rows, num_measured=24, num_warmup=8)
+
+
 @pytest.mark.parametrize("arrival", ["poisson", "constant"])
 def test_an_open_loop_keeps_its_rate(bench: Bench, arrival: str) -> None:
     flags = f"--request-rate 20 --arrival {arrival} --duration-s 1.5 --warmup-requests 2"

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minitron_build.cli import main
 from minitron_client.bench import bench_command, table
 from minitron_client.bench.comparison import Ratio, compare
 from minitron_client.bench.generator import PointRun
@@ -541,6 +542,11 @@ def test_what_draws_the_report_is_missed_before_any_work(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BenchError, match=r"--html needs the package jinja2; install it: .*\[bench\]"):
         bench("--concurrency", "1", "--html", str(tmp_path / "a.html"))
+
+
+def test_help_says_that_requests_are_streamed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert "Every request is streamed" in capsys.readouterr().out
 
 
 def test_settings_hold_what_the_flags_say(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import signal
 import sys
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,28 @@ from minitron_client.bench.refusal import BenchError, BenchUsageError
 from minitron_client.bench.slo import SLO_METRICS, parse_slos
 from minitron_client.bench.trace import TraceRow, read_trace
 from minitron_client.connection_flags import add_connection_flags, client_options
+from minitron_client.flag_types import integer
 
 if TYPE_CHECKING:
+    from minitron_client.bench.fleet import Fleet
     from minitron_client.bench.result import BenchResult
     from minitron_client.bench.sweep import BenchSettings, Sweep
 
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_PROMPT_TOKENS, DEFAULT_OUTPUT_TOKENS, DEFAULT_DURATION_S = "128", "64", 10.0
+MAX_PROCESSES = 32
 FILE_FLAGS = ("json", "csv", "requests_csv", "html")
 _MEASURING_FLAGS = tuple(
-    ["url", "concurrency", "request_rate", "arrival", "trace", "num_requests", "duration_s", "requests_csv"]
+    [
+        *("url", "concurrency", "request_rate", "arrival", "trace", "num_requests", "duration_s"),
+        *("processes", "requests_csv"),
+    ]
 )
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minitron bench`."""
+    parser.epilog = "Every request is streamed: without a stream there is no first token to take the time of."
     add_connection_flags(parser)
     parser.set_defaults(max_retries=0)  # a retry would hide a failure, and its wait
     _add_load(
@@ -66,6 +74,10 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--repeats", type=int, default=1, metavar="N",
         help="runs of every load point, in turns; 3 or more give noise bounds (default %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--processes", type=integer(1, MAX_PROCESSES), metavar="N",
+        help="that share the load, where one core is too slow for it; the warnings tell (default 1)",
     )  # fmt: skip
 
 
@@ -225,11 +237,13 @@ async def _run_sweep(args: argparse.Namespace, settings: BenchSettings) -> tuple
     from minitron_client.bench.sweep import Sweep
 
     loop = asyncio.get_running_loop()
+    options = client_options(args)
     async with (
-        AsyncMinitronClient(**client_options(args)) as client,
+        AsyncMinitronClient(**options) as client,
+        _fleet(settings.processes, options) as fleet,
         showing_progress() as on_progress,
     ):
-        sweep = Sweep(client, settings, on_progress)
+        sweep = Sweep(client, settings, on_progress, fleet)
         work = asyncio.ensure_future(sweep.run())
 
         def interrupt() -> None:
@@ -244,6 +258,15 @@ async def _run_sweep(args: argparse.Namespace, settings: BenchSettings) -> tuple
         finally:
             loop.remove_signal_handler(signal.SIGINT)
     return sweep, False
+
+
+def _fleet(processes: int, options: dict[str, Any]) -> AbstractAsyncContextManager[Fleet | None]:
+    """The processes that drive the load; none where this one does."""
+    if processes == 1:
+        return nullcontext()
+    from minitron_client.bench.fleet import Fleet
+
+    return Fleet(processes, options)
 
 
 def settings_of(args: argparse.Namespace) -> BenchSettings:
@@ -273,6 +296,7 @@ def settings_of(args: argparse.Namespace) -> BenchSettings:
         seed=args.seed,
         tokenizer=args.tokenizer,
         timeout_s=args.timeout_s,
+        processes=args.processes or 1,
     )
 
 

@@ -82,6 +82,7 @@ class Generator:
         self.num_ended = 0
         """Requests that have ended, for whoever shows progress."""
         self._watch = Watch()
+        self._start_s: float | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
         prepared = PREPARED_ASKS
@@ -89,11 +90,15 @@ class Generator:
             prepared = min(prepared, extent.num_requests + self.run.num_warmup)
         self._asks = itertools.chain(_prepared(asks, prepared), asks)
 
-    async def drive(self) -> PointRun:
+    async def drive(self, start_s: float | None = None) -> PointRun:
         """Until the extent is reached and every request that was started has ended.
 
         Cancelled, it breaks off what runs and leaves `run` marked as partial.
+
+        Args:
+            start_s: when to begin, of `time.perf_counter`; None is now.
         """
+        self._start_s = start_s
         self._watch.start()
         try:
             await (self._drive_closed() if self._point.loop == "closed" else self._drive_open())
@@ -112,6 +117,8 @@ class Generator:
     # closed loop
 
     async def _drive_closed(self) -> None:
+        if self._start_s is not None:
+            await asyncio.sleep(max(0.0, self._start_s - time.perf_counter()))
         for _ in range(int(self._point.level)):
             self._spawn(self._work())
         await asyncio.gather(*self._tasks)
@@ -131,7 +138,7 @@ class Generator:
     async def _drive_open(self) -> None:
         """Arrivals come from a thread: an event loop's own timers are a millisecond coarse."""
         loop, over, done = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
-        start_s = time.perf_counter()
+        start_s = time.perf_counter() if self._start_s is None else self._start_s
 
         def arrive(due_s: float) -> None:
             if self._is_complete(due_s):

@@ -140,7 +140,7 @@ def _facts(result: BenchResult) -> list[tuple[str, str]]:
         ("sampling", ", ".join(f"{name}={value}" for name, value in work.sampling.items()) or "greedy"),
         ("SLOs", slos or "none"),
         ("extent", f"{extent}, seed {work.seed}"),
-        ("generator", f"{result.machine['cores']} cores, Python {result.machine['python']}, {packages}"),
+        ("generator", f"{_processes(result)}, Python {result.machine['python']}, {packages}"),
     ]
 
 
@@ -261,3 +261,8 @@ def _label(axes: Axes, chart: Chart, results: Sequence[BenchResult]) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _processes(result: BenchResult) -> str:
+    count = result.machine.get("processes", 1)
+    return f"{count} process{'es' * (count > 1)} on {result.machine['cores']} cores"

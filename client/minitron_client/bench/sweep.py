@@ -34,6 +34,7 @@ from minitron_client.tensors import ModelMetadata
 
 if TYPE_CHECKING:
     from minitron_client import AsyncMinitronClient
+    from minitron_client.bench.fleet import Fleet, FleetDriver
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class BenchSettings:
         seed: of lengths, words and arrivals.
         tokenizer: a tokenizer.json or its folder; None asks the server's own.
         timeout_s: deadline of a request, from sending.
+        processes: that drive the load.
     """
 
     points: tuple[LoadPoint, ...]
@@ -69,6 +71,7 @@ class BenchSettings:
     seed: int = 0
     tokenizer: Path | None = None
     timeout_s: float = 60.0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.repeats <= 1000:
@@ -110,6 +113,7 @@ class Sweep:
         client: without retries, unless they are wanted: they hide failures.
         settings: what to measure.
         on_progress: called before and after each load point.
+        fleet: processes that drive the load; None drives it here.
     """
 
     def __init__(
@@ -117,8 +121,10 @@ class Sweep:
         client: AsyncMinitronClient,
         settings: BenchSettings,
         on_progress: OnProgress = lambda told: None,
+        fleet: Fleet | None = None,
     ) -> None:
         self._client, self._settings, self._on_progress = client, settings, on_progress
+        self._fleet = fleet
         self._started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self._runs: dict[LoadPoint, list[Measurement]] = {}
         self._notes: list[str] = []
@@ -167,7 +173,7 @@ class Sweep:
             workload=self._workload_record(),
             extent=dataclasses.asdict(settings.extent) | {"repeats": settings.repeats},
             points=points,
-            machine=_machine(),
+            machine=_machine(settings.processes),
             notes=tuple(self._notes),
             is_partial=self._is_partial,
         )
@@ -212,7 +218,8 @@ class Sweep:
 
     async def _probe(self, ask: Ask) -> None:
         """One request before any load: what the server refuses it refuses here, in one line."""
-        async with self._start_stream(ask) as stream:
+        start_stream = stream_of(self._client, self._settings, is_exact=self._is_exact)
+        async with start_stream(ask) as stream:
             completion = await stream.final()
         found = completion.usage.input_tokens
         if found is None:
@@ -222,36 +229,32 @@ class Sweep:
                 f"a prompt of {ask.input_tokens} tokens was {found} by the server's count: see prompt tokens"
             )
 
-    def _start_stream(self, ask: Ask) -> Any:
-        sampling = self._settings.params(ask.output_tokens, is_exact=self._is_exact)
-        return self._client.stream(ask.prompt, sampling=sampling, timeout_s=self._settings.timeout_s)
-
     async def _drive(
         self, point: LoadPoint, workload: Workload, run: tuple[int, int], progress: Progress
     ) -> None:
-        start_stream: StartStream = self._start_stream
-        generator = Generator(
-            start_stream, point, self._settings.extent, workload.asks(run), self._due_s(point, run)
-        )
-        self._on_progress(dataclasses.replace(progress, generator=generator))
+        driver = self._driver(point, workload, run)
+        shown = driver if isinstance(driver, Generator) else None
+        self._on_progress(dataclasses.replace(progress, generator=shown))
         try:
-            await generator.drive()
+            await driver.drive()
         finally:
-            if generator.run.measured:
-                measurement = measure(generator.run, self._settings.slos)
+            if driver.run.measured:
+                measurement = measure(driver.run, self._settings.slos)
                 self._runs.setdefault(point, []).append(measurement)
-                self.request_rows += _request_rows(point, run[1], generator.run)
+                self.request_rows += _request_rows(point, run[1], driver.run)
                 self._on_progress(dataclasses.replace(progress, measurement=measurement))
 
-    def _due_s(self, point: LoadPoint, run: tuple[int, int]) -> Iterator[float] | None:
-        if point.loop == "closed":
-            return None
-        if point.loop == "trace":
-            return iter([row.timestamp_s or 0.0 for row in self._settings.trace])
-        import numpy as np
-
-        rng = np.random.default_rng([self._settings.seed, ARRIVAL_STREAM, run[1]])
-        return arrival_times(point.arrival, point.level, rng)
+    def _driver(self, point: LoadPoint, workload: Workload, run: tuple[int, int]) -> Generator | FleetDriver:
+        settings, is_exact = self._settings, self._is_exact
+        if self._fleet is not None:
+            return self._fleet.driver(point, workload, run, settings, is_exact=is_exact)
+        return Generator(
+            stream_of(self._client, settings, is_exact=is_exact),
+            point,
+            settings.extent,
+            workload.asks(run),
+            arrivals_of(settings, point, run),
+        )
 
     def _workload_record(self) -> WorkloadRecord:
         settings = self._settings
@@ -265,6 +268,32 @@ class Sweep:
             seed=settings.seed,
             slos={slo.name: 1000 * slo.limit_s for slo in settings.slos},
         )
+
+
+def stream_of(client: AsyncMinitronClient, settings: BenchSettings, *, is_exact: bool) -> StartStream:
+    """How a request is sent.
+
+    Args:
+        is_exact: the model takes `min_tokens`, and answers are held to their length.
+    """
+
+    def start(ask: Ask) -> Any:
+        sampling = settings.params(ask.output_tokens, is_exact=is_exact)
+        return client.stream(ask.prompt, sampling=sampling, timeout_s=settings.timeout_s)
+
+    return start
+
+
+def arrivals_of(settings: BenchSettings, point: LoadPoint, run: tuple[int, int]) -> Iterator[float] | None:
+    """Seconds after the start at which requests are due; None for a closed loop. `run` is (point, repeat)."""
+    if point.loop == "closed":
+        return None
+    if point.loop == "trace":
+        return iter([row.timestamp_s or 0.0 for row in settings.trace])
+    import numpy as np
+
+    rng = np.random.default_rng([settings.seed, ARRIVAL_STREAM, run[1]])
+    return arrival_times(point.arrival, point.level, rng)
 
 
 def _request_rows(point: LoadPoint, repeat: int, run: PointRun) -> list[dict[str, Any]]:
@@ -293,12 +322,13 @@ def _request_rows(point: LoadPoint, repeat: int, run: PointRun) -> list[dict[str
     ]
 
 
-def _machine() -> dict[str, Any]:
+def _machine(processes: int) -> dict[str, Any]:
     packages = ("minitron-trtllm", "tritonclient", "grpcio", "protobuf", "numpy")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        "processes": processes,
         "load_average": list(os.getloadavg()),
         "packages": {name: _version(name) for name in packages},
     }
