@@ -1,6 +1,6 @@
 """Clients of others against our models: LlamaIndex's from PyPI, and one written from NVIDIA's table alone.
 
-LlamaIndex's is run where it is installed: pip install llama-index-llms-nvidia-triton "numpy<2"
+LlamaIndex's comes with the extra `test`; without it its test is skipped.
 Run with: pytest tests/server/test_foreign_clients.py
 """
 
