@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron_build.errors import UsageError
 from minitron_build.serving.supervisor import Care, say, serve
 from minitron_build.serving.token_probe import PROBE_PROMPT, probe_token
 from minitron_build.serving.triton_preflight import TritonInstall, find_tritonserver
@@ -137,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
     from minitron_build.bundle.binding import check_fit, read_serving_machine
     from minitron_build.bundle.choice import find_bundles
 
+    care = _check_flags(args)
     found = find_bundles(args.bundle)
     install = find_tritonserver()
     machine = read_serving_machine(install)
@@ -145,12 +147,28 @@ def run(args: argparse.Namespace) -> int:
     args.http_host = _http_host(args.http_host, install)
     options = _options(args, bundle.model_repo, engine.config.world_size if engine else 1, _start_s(bundle))
     check_before_start(options, install)
-    care = _care(args)
     _warn_if_open(options)
     if not args.skip_hashes:
         say(f"checking the files of {bundle.path}")
         bundle.check_files()
     return serve(options, probe_token, announce, care)
+
+
+def _check_flags(args: argparse.Namespace) -> Care:
+    """What is wrong with the flags by themselves, told before a bundle is looked at.
+
+    Raises:
+        UsageError: two of them contradict one another.
+        RefusedError: a key file or a key cannot be used.
+    """
+    ports: dict[int, str] = {}
+    for name in ("grpc_port", "http_port", "metrics_port", "health_port"):
+        flag, number = f"--{name.replace('_', '-')}", getattr(args, name)
+        if number is not None and number in ports:
+            raise UsageError(f"{flag} {number} is also {ports[number]}", expected="different ports")
+        ports[number] = flag
+    _security(args, os.environ)
+    return _care(args)
 
 
 def _warn_if_open(options: ServerOptions) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron_build.errors import MachineError, PlanError
+from minitron_build.errors import MachineError, PlanError, UsageError
 
 API_KEY_NAME, ADMIN_KEY_NAME = "minitron-key", "minitron-admin-key"
 """Header of HTTP; gRPC's is GRPC_HEADER_PREFIX and the name."""
@@ -59,9 +59,9 @@ class ServerSecurity:
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
-            raise PlanError(f"{given} without {missing}", expected="both: a certificate and its private key")
+            raise UsageError(f"{given} without {missing}", expected="both: a certificate and its private key")
         if self.tls_ca is not None and self.tls_cert is None:
-            raise PlanError("--tls-ca without --tls-cert", expected="a certificate for the server, too")
+            raise UsageError("--tls-ca without --tls-cert", expected="a certificate for the server, too")
         for flag, key in (("--api-key-file", self.api_key), ("--admin-key-file", self.admin_key)):
             if key is not None:
                 _check_key(flag, key)

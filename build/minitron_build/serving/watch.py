@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minitron_build.errors import PlanError, StageError
+from minitron_build.errors import PlanError, StageError, UsageError
 from minitron_build.serving.token_probe import engine_is_down, read_progress
 from minitron_build.serving.triton_server import TritonServer
 
@@ -46,7 +46,7 @@ class WatchSettings:
         if not 0 < self.probe_interval_s < math.inf:
             raise PlanError(f"--probe-interval-s {self.probe_interval_s:g}", expected="seconds above 0")
         if 0 < self.stall_timeout_s <= self.probe_interval_s:
-            raise PlanError(
+            raise UsageError(
                 f"--stall-timeout-s {self.stall_timeout_s:g}",
                 expected=f"more than --probe-interval-s, {self.probe_interval_s:g}",
             )
