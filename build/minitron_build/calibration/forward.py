@@ -61,7 +61,7 @@ class CalibrationForward:
         Args:
             weights: bf16, by HF name within the layer.
         """
-        with torch.no_grad(), _threads_for(self._source.config):
+        with torch.no_grad(), _threads_for(self._source.config), _whole_sums(self._device):
             return self._layer(weights, progress)
 
     def _layer(self, weights: Mapping[str, Tensor], progress: Progress) -> LayerAmax:
@@ -108,6 +108,19 @@ def _threads_for(config: ModelConfig) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _whole_sums(device: torch.device) -> Iterator[None]:
+    """Sums of bf16 products in float32 to their end, as on a CPU: CUDA may add their parts in bf16."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_bf16_reduced_precision_reduction
+    if device.type == "cuda":
+        flags.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        flags.allow_bf16_reduced_precision_reduction = before
 
 
 def read_tensor(descriptor: int, info: TensorInfo) -> Tensor:

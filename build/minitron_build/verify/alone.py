@@ -34,12 +34,14 @@ def verify_alone(
     """Run the held-out text through one model."""
     import torch
 
+    from minitron_build.runtime.reference_engine import Reuse
+
     started_s = time.monotonic()
     prompt = eval_set.long_prompt(min(REPEAT_TOKENS, model.source.config.max_position_embeddings))
     sequences, half = [*eval_set.sequences, prompt, prompt], len(prompt) // 2
     hidden = model.through(
         sequences,
-        reuse_at={len(sequences) - 1: half},
+        reuse={len(sequences) - 1: Reuse(len(sequences) - 2, half)},
         on_layer=lambda done: progress("layers", done, model.num_layers),
     )
     head = model.output_head()

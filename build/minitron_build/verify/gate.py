@@ -148,6 +148,8 @@ class Verification:
 
     def run(self) -> VerifyResult:
         """Measure and judge."""
+        from minitron_build.runtime.reference_engine import Reuse
+
         started_s = time.monotonic()
         models, eval_ids = self.models, self.eval_set.sequences
         prompts = self._golden_prompts()
@@ -156,8 +158,8 @@ class Verification:
         golden = tuple(prompt + ids for prompt, ids in zip(prompts, continuations, strict=True))
         long = () if LONG in self.request.skipped else (self._long_prompt(),)
         shared, repeated = (*eval_ids, *golden, *long), self._repeated()
-        reuse_at = {len(shared) + index: len(ids) // 2 for index, ids in enumerate(repeated) if index}
-        passed = run_side_by_side(models.source, models.candidate, shared, repeated, reuse_at, self.progress)
+        reuse = {len(shared) + 1: Reuse(len(shared), len(repeated[0]) // 2)} if repeated else {}
+        passed = run_side_by_side(models.source, models.candidate, shared, repeated, reuse, self.progress)
         findings = [_judge_eval(passed, self.eval_set), _judge_layers(passed)]
         if long:
             findings.append(_judge_long_prompt(passed, len(eval_ids) + len(golden), long[0]))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from minitron_build.runtime.reference_engine.layerwise import NO_REUSE, LayerRunner
+from minitron_build.runtime.reference_engine.layerwise import NO_REUSE, LayerRunner, Reuse
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
@@ -23,19 +23,19 @@ class Runner(LayerRunner):
         self,
         sequences: Sequence[Sequence[int]],
         *,
-        reuse_at: Mapping[int, int] = NO_REUSE,
+        reuse: Mapping[int, Reuse] = NO_REUSE,
         on_layer: Callable[[int], None] | None = None,
     ) -> list[torch.Tensor]:
         """Hidden states behind the last layer, [tokens, hidden] of each sequence.
 
         Args:
             sequences: token ids, each from position 0.
-            reuse_at: see `run_layer`.
+            reuse: see `run_layer`.
             on_layer: called with the number of layers that are done.
         """
         hidden = self.embed(sequences)
         for index in range(self.num_layers):
-            hidden = self.run_layer(index, hidden, reuse_at)
+            hidden = self.run_layer(index, hidden, reuse)
             if on_layer is not None:
                 on_layer(index + 1)
         return hidden

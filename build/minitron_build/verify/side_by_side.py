@@ -16,7 +16,7 @@ from minitron_build.verify.statistics import TokenComparison, compare_rows, snr_
 if TYPE_CHECKING:
     import torch
 
-    from minitron_build.runtime.reference_engine import ModelSource, OutputHead
+    from minitron_build.runtime.reference_engine import ModelSource, OutputHead, Reuse
     from minitron_build.verify.runner import Ids, Progress, Runner
 
 LOGIT_ROWS = 64
@@ -66,7 +66,7 @@ def run_side_by_side(
     candidate: Runner,
     shared: Sequence[Ids],
     candidate_only: Sequence[Ids],
-    reuse_at: Mapping[int, int],
+    reuse: Mapping[int, Reuse],
     progress: Progress,
 ) -> SideBySide:
     """One pass of all layers.
@@ -74,7 +74,7 @@ def run_side_by_side(
     Args:
         shared: through both models.
         candidate_only: behind them, through the candidate alone.
-        reuse_at: by index in the candidate's sequences, where a KV cache is taken up again.
+        reuse: by index in the candidate's sequences, which KV cache is taken up again, and where.
 
     Raises:
         StageError: the source gives no finite numbers, so nothing can be held against it.
@@ -87,7 +87,7 @@ def run_side_by_side(
         before = source_hidden[:num_local]
         source_hidden = source.run_layer(index, source_hidden)
         # The source's own hidden states go through the candidate's layer too, behind all others.
-        through = candidate.run_layer(index, [*candidate_hidden, *before], reuse_at)
+        through = candidate.run_layer(index, [*candidate_hidden, *before], reuse)
         candidate_hidden, given = through[:-num_local], through[-num_local:]
         errors.append(_layer_error(before, source_hidden[:num_local], candidate_hidden[:num_local], given))
         _check_finite(index, source_hidden)

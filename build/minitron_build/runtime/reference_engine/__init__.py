@@ -6,7 +6,7 @@ Token ids in, token ids out. It knows nothing of text, tokenizers, Triton or how
 from .checkpoint import CheckpointReader, ModelSource, StoredLayer, StoredLinear
 from .config import CheckpointConfig, UnsupportedCheckpointError, read_checkpoint_config
 from .engine import EngineStats, ReferenceEngine
-from .layerwise import LayerRunner, LoadedLayer, OutputHead, open_checkpoint
+from .layerwise import LayerRunner, LoadedLayer, OutputHead, Reuse, open_checkpoint
 from .llama import LlamaModel
 from .request import (
     EngineLimits,
@@ -34,6 +34,7 @@ __all__ = [
     "ReferenceEngine",
     "RequestError",
     "RequestTimes",
+    "Reuse",
     "SamplingConfig",
     "StoredLayer",
     "StoredLinear",

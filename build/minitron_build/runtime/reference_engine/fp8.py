@@ -32,7 +32,9 @@ class Fp8Scales:
 
 def quantize(x: torch.Tensor, scaling_factor: float) -> torch.Tensor:
     """`x / scaling_factor` in E4M3: nearest, ties to even, saturating at 448."""
-    return (x.float() / scaling_factor).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    # CUDA multiplies by the reciprocal of a number of the CPU's, which is another number; not so of its own.
+    divisor = torch.full((), scaling_factor, dtype=torch.float32, device=x.device)
+    return (x.float() / divisor).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def to_half(numbers: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -119,3 +119,13 @@ class SequenceKvCache:
     def advance(self, num_tokens: int) -> None:
         """Count the tokens that every layer has written."""
         self.length += num_tokens
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the tokens behind the first `num_tokens`; the memory is kept.
+
+        Raises:
+            ValueError: it does not hold so many.
+        """
+        if not 0 <= num_tokens <= self.length:
+            raise ValueError(f"rewind to {num_tokens} tokens; expected 0 to {self.length}")
+        self.length = num_tokens

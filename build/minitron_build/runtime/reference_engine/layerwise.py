@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,11 +28,35 @@ from .checkpoint import CheckpointReader, ModelSource, StoredLayer, StoredLinear
 from .config import CheckpointConfig, read_checkpoint_config
 from .decoder import DecoderLayer, Rows, rms_norm
 from .kv_cache import SequenceKvCache
-from .linear import LOADING_THREADS, Compute, MakeProjection, Projection, make_projections
+from .linear import (
+    LOADING_THREADS,
+    Compute,
+    MakeProjection,
+    Projection,
+    make_projections,
+    use_whole_float32,
+)
 from .llama import COMPUTE_DTYPES, PREFILL_CHUNK_TOKENS, check_compute, check_frequencies, default_num_threads
 from .rope import RopeTable
 
-NO_REUSE: Mapping[int, int] = {}
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Where a sequence begins as an earlier one, and takes over its keys and values, as an engine may.
+
+    The earlier one is cut into chunks there too: so the rest of both has the same bits on any device, unless
+    the cache gives back other numbers.
+
+    Attributes:
+        of: place of the earlier sequence.
+        at: how many tokens are taken over.
+    """
+
+    of: int
+    at: int
+
+
+NO_REUSE: Mapping[int, Reuse] = {}
 
 
 def open_checkpoint(checkpoint_dir: Path) -> CheckpointReader:
@@ -73,6 +98,7 @@ class LayerRunner:
         self.source, self._config = source, source.config
         self._compute = Compute(COMPUTE_DTYPES[compute_dtype], torch.device(device))
         torch.set_num_threads(num_threads or default_num_threads(source.config))
+        use_whole_float32(self._compute.device)
         self._max_seq_len, self.num_layers = max_seq_len, source.config.num_hidden_layers
         self._rope = RopeTable(source.config, max_seq_len, self._compute)
 
@@ -100,7 +126,7 @@ class LayerRunner:
         return hidden
 
     def run_layer(
-        self, index: int, hidden: Sequence[torch.Tensor], reuse_at: Mapping[int, int] = NO_REUSE
+        self, index: int, hidden: Sequence[torch.Tensor], reuse: Mapping[int, Reuse] = NO_REUSE
     ) -> list[torch.Tensor]:
         """The hidden states behind layer `index`, given those before it; each [tokens, hidden].
 
@@ -109,23 +135,35 @@ class LayerRunner:
         Args:
             index: which layer.
             hidden: of every sequence.
-            reuse_at: by place of the sequence, the position from which it is computed anew on keys and values
-                that are there already, as an engine does when it reuses the KV cache of another request.
+            reuse: by place of a sequence, what it takes over of an earlier one; its hidden states are that
+                one's so far.
 
         Raises:
             UnsupportedCheckpointError: a weight or a scaling factor that no engine could use.
         """
         try:
-            return self.run_stored(self.source.layer(index), hidden, reuse_at)
+            return self.run_stored(self.source.layer(index), hidden, reuse)
         finally:
             self.source.release()
 
     def run_stored(
-        self, stored: StoredLayer, hidden: Sequence[torch.Tensor], reuse_at: Mapping[int, int] = NO_REUSE
+        self, stored: StoredLayer, hidden: Sequence[torch.Tensor], reuse: Mapping[int, Reuse] = NO_REUSE
     ) -> list[torch.Tensor]:
         """As `run_layer`, with weights from anywhere."""
         layer = self.load(stored)
-        return [layer.run(x, reuse_at.get(place)) for place, x in enumerate(hidden)]
+        cuts = {taken.of: taken.at for taken in reuse.values()}
+        caches: dict[int, SequenceKvCache] = {}  # of those that others begin with
+        out: list[torch.Tensor] = []
+        for place, x in enumerate(hidden):
+            if place in reuse:
+                taken = reuse[place]
+                out.append(layer.run_on(out[taken.of][: taken.at], caches[taken.of], x[taken.at :]))
+                continue
+            cache = layer.new_cache(len(x))
+            out.append(layer.run(x, cache, cuts.get(place)))
+            if place in cuts:
+                caches[place] = cache
+        return out
 
     def load(self, stored: StoredLayer) -> LoadedLayer:
         """A layer in memory, for those who run it more than once."""
@@ -150,21 +188,40 @@ class LoadedLayer:
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             self._layer = DecoderLayer(config, stored, compute, cache_index=0, each=pool.map)
 
-    @torch.inference_mode()
-    def run(self, x: torch.Tensor, reuse_at: int | None = None) -> torch.Tensor:
-        """Hidden states of one sequence behind the layer, a new [tokens, hidden]; see `run_layer`."""
+    def new_cache(self, num_tokens: int) -> SequenceKvCache:
+        """An empty KV cache of this layer with room for a sequence."""
         cache = SequenceKvCache(self._config, self._compute, 1, is_fp8=self._is_fp8_cache)
-        cache.reserve(len(x))
+        cache.reserve(num_tokens)
+        return cache
+
+    @torch.inference_mode()
+    def run(
+        self, x: torch.Tensor, cache: SequenceKvCache | None = None, cut_at: int | None = None
+    ) -> torch.Tensor:
+        """Hidden states behind the layer, a new [tokens, hidden], of the tokens behind what `cache` holds.
+
+        Args:
+            x: the hidden states before it.
+            cache: None for a sequence that begins here.
+            cut_at: a token of `x` with which a chunk begins, whatever its place.
+        """
+        cache = self.new_cache(len(x)) if cache is None else cache
         out = torch.empty_like(x)
-        for start, end in _chunks(len(x), reuse_at or len(x)):
+        for start, end in _chunks(len(x), cut_at or len(x)):
             rows = Rows.chunk(self._config, cache, end - start, self._rope, self._compute.dtype)
             out[start:end] = self._layer.forward(x[start:end], rows)
             cache.advance(end - start)
         return out
 
+    @torch.inference_mode()
+    def run_on(self, known: torch.Tensor, cache: SequenceKvCache, rest: torch.Tensor) -> torch.Tensor:
+        """As `run`, of a sequence whose first hidden states are `known`, and whose keys and values cached."""
+        cache.rewind(len(known))
+        return torch.cat((known, self.run(rest, cache)))
+
 
 def _chunks(num_tokens: int, border: int) -> Iterator[tuple[int, int]]:
-    """The engine's chunks of a prompt, cut anew from `border` on."""
+    """The engine's chunks of a prompt, begun anew at `border`."""
     for first, last in ((0, border), (border, num_tokens)):
         for start in range(first, last, PREFILL_CHUNK_TOKENS):
             yield start, min(start + PREFILL_CHUNK_TOKENS, last)

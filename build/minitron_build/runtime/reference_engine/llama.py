@@ -19,7 +19,7 @@ from .checkpoint import CheckpointReader
 from .config import CheckpointConfig, UnsupportedCheckpointError, read_checkpoint_config
 from .decoder import DecoderLayer, Rows, rms_norm
 from .kv_cache import Scratch, SequenceKvCache
-from .linear import LOADING_THREADS, Compute, make_projections, probe_row_ladder
+from .linear import LOADING_THREADS, Compute, make_projections, probe_row_ladder, use_whole_float32
 from .rope import RopeTable, inverse_frequencies
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -83,6 +83,7 @@ class LlamaModel:
         self._compute = Compute(self.dtype, torch.device(device), keeps_fp8_bytes)
         self._scratch = Scratch(self._compute)
         torch.set_num_threads(num_threads or default_num_threads(self.config))
+        use_whole_float32(self._compute.device)
         reader = CheckpointReader(checkpoint_dir, self.config)
         check_frequencies(reader)
         # Kept as stored: a looked-up row is widened without loss, and a bf16 table stays small.
