@@ -111,3 +111,19 @@ def test_bf16_holds_no_calibration(
     assert export(tiny_minitron, out, "--calibration", str(tmp_path / "bundle")) == 1
     assert "bf16, which holds no calibration" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_finished_export_is_told_and_left(
+    tiny_minitron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flags = tmp_path / "out", ("--calib-data", str(IDS))
+    assert export(tiny_minitron, out, *flags) == 0
+    first, written = capsys.readouterr(), (out / "model.safetensors").stat()
+    assert "already" not in first.err
+    assert export(tiny_minitron, out, *flags) == 0
+    again = capsys.readouterr()
+    assert f"{out} holds this export already: nothing is written" in again.err
+    assert again.out == first.out
+    assert (out / "model.safetensors").stat() == written
+    assert export(tiny_minitron, out, *flags, "--force") == 0
+    assert "already" not in capsys.readouterr().err

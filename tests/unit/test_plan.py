@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minitron_build.errors import PlanError
+from minitron_build.cli import main
+from minitron_build.errors import CheckpointError, PlanError
 from minitron_build.planning.memory_model import DoesNotFitError
 from minitron_build.planning.plan import BuildPlan, PlanRequest, available_memory_bytes, make_plan
 from minitron_build.planning.targets import TARGETS, Gpu, resolve_target
@@ -272,3 +274,33 @@ def test_reasons_of_lengths_name_the_model_s_own_end(real: ModelConfig) -> None:
     assert "one is left for an answer" in short["max_input_len"]
     usual = {row.what: row.reason for row in plan_for(real).decisions}
     assert usual["max_seq_len"] == "room for an answer behind a prompt of 8192"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.txt", "--calib-data .*nowhere.txt: No such file or directory; give a file of samples"),
+        ("folder.json", "--calib-data .*folder.json: a folder; give a file of samples"),
+        ("samples.csv", "--calib-data: a file named samples.csv; expected .txt, .jsonl, .json; rename it"),
+    ],
+)
+def test_calibration_data_that_is_no_file_is_refused_with_the_plan(
+    real: ModelConfig, tmp_path: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(CheckpointError, match=message):
+        plan_for(real, precision="fp8", calib_data=tmp_path / name)
+    flags = [
+        "--arch",
+        "cpu",
+        "--checkpoint",
+        "demo",
+        "--precision",
+        "fp8",
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
+    assert main(["build", *flags, "--calib-data", str(tmp_path / name), "--dry-run"]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert re.search(message, err.splitlines()[-1])

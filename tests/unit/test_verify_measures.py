@@ -96,11 +96,28 @@ def test_shares_in_percent_or_fractions(text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("top1_agreement", "95"), ("mean_kl", "1%"), ("mean_kl", "x"), ("mean_kl", "nan")]
+    ("name", "text", "message"),
+    [
+        ("top1_agreement", "95", "write 95% for percent"),
+        ("mean_kl", "1%", "this one is in nats"),
+        ("mean_kl", "x", "is no number"),
+        ("mean_kl", "nan", "is no number"),
+        ("top1_agreement", "150%", "expected 0% to 100%, a share of all tokens"),
+        ("top1_agreement", "-5%", "expected 0% to 100%"),
+        ("served_agreement", "100.1%", "expected 0% to 100%"),
+        ("mean_kl", "-0.1", "expected 0 or more"),
+        ("golden_gap", "-1", "expected 0 or more"),
+    ],
 )
-def test_ambiguous_thresholds_are_refused(name: str, text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
+def test_thresholds_that_mean_nothing_are_refused(name: str, text: str, message: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
         BY_NAME[name].parse(text)
+
+
+def test_a_share_may_be_all_or_nothing() -> None:
+    assert [BY_NAME["top1_agreement"].parse(text) for text in ("100%", "0%", "0.5")] == [1, 0, 0.5]
+    assert BY_NAME["perplexity_rise"].parse("150%") == 1.5
+    assert BY_NAME["layer_snr"].parse("-3") == -3
 
 
 def test_unknown_thresholds_are_refused() -> None:
@@ -170,7 +187,11 @@ def test_files_of_a_user(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", "", "an empty file"),
-        ("a.txt", "short", "0 tokens to predict; expected at least 256"),
+        (
+            "a.txt",
+            "short",
+            "0 sequences of up to 512 tokens hold 0 to predict; expected 256 or more; give more",
+        ),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.parquet", "x", "--eval-data: a file named a.parquet; expected .txt"),
         ("a.jsonl", '{"text": "x"}\n{"words": 1}', "line 2: .*words"),
@@ -188,3 +209,15 @@ def test_unusable_files_are_refused(name: str, content: str | bytes, message: st
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RefusedError, match=message):
         read(tmp_path / name)
+
+
+def test_too_little_text_is_told_by_what_cuts_it(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError) as caught:
+        read(None, num_samples=2, seq_len=128)
+    assert str(caught.value) == (
+        "the shipped held-out set: 2 sequences of up to 128 tokens hold 254 to predict; "
+        "expected 256 or more; raise --eval-samples 2 or --eval-seq-len 128"
+    )
+    (tmp_path / "ids.json").write_text(json.dumps([[1] * 100, [2] * 100]))
+    with pytest.raises(RefusedError, match="2 sequences of up to 512 tokens hold 198 .*; give more text"):
+        read(tmp_path / "ids.json")

@@ -110,6 +110,30 @@ def test_another_source_is_said_out_loud(
     assert "not the source it was made from: config.json" in capsys.readouterr().err
 
 
+def test_a_changed_checkpoint_is_said_out_loud(
+    bundle: Path, tiny_minitron: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Target.open(bundle).changes() == Target.open(bundle / "checkpoint").changes() == []
+    rank = bundle / "checkpoint" / "rank0.safetensors"
+    bits = bytearray(rank.read_bytes())
+    bits[-1] ^= 1
+    rank.write_bytes(bits)
+    for path in (bundle, bundle / "checkpoint"):
+        assert Target.open(path).changes() == ["rank0.safetensors: other bytes"]
+        flags = ["--eval-samples", "4", "--eval-seq-len", "96"]
+        main(["verify", str(path), "--against", str(tiny_minitron), *flags, "--skip", "long-prompt"])
+        out, err = capsys.readouterr()
+        changed = "changed since it was written: rank0.safetensors: other bytes"
+        assert f"warning: {path}: {changed}" in err.splitlines()
+        assert f"  {changed}" in out.splitlines()
+    rank.write_bytes(bits[:-1])
+    (bundle / "checkpoint" / "config.json").unlink()
+    assert Target(bundle, bundle / "checkpoint", files=Target.open(bundle).files).changes() == [
+        "config.json: missing",
+        f"rank0.safetensors: {len(bits) - 1} bytes, not {len(bits)}",
+    ]
+
+
 def test_without_source_only_what_needs_none(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ def export_hf_checkpoint(
     source = HfCheckpoint.open(hf_dir)
     excluded = resolve_exclusions(source.config, Mapping(), choice.exclude).hf_modules
     job = _job(source, choice, excluded, calibration)
-    if not finished_checkpoint(job.digest, output_dir, force):
+    if finished_checkpoint(job.digest, output_dir, force):
+        print(f"{output_dir} holds this export already: nothing is written", file=sys.stderr)
+    else:
         write_fp8_folder(job, output_dir, lambda: _texts(source, choice, excluded), progress)
     return tuple(sorted(TrtllmCheckpoint.load(output_dir).files))
 

@@ -1,6 +1,7 @@
 """What an FP8 conversion is planned to do: its calibration set, what stays bf16, and the memory it takes.
 
-It checks the request's FP8 flags against the rest of it. It reads no calibration file and no weights.
+It checks the request's FP8 flags against the rest of it. It looks whether the
+calibration file is there, and reads neither it nor any weights.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_build.calibration.samples import DEFAULT_NAME, SampleRequest
+from minitron_build.calibration.samples import DEFAULT_NAME, SampleRequest, check_samples_file
 from minitron_build.checkpoint.fp8_exclude import Excluded, resolve_exclusions
 from minitron_build.checkpoint.weight_map import Mapping
 from minitron_build.errors import PlanError
@@ -60,6 +61,7 @@ def plan_fp8(
 
     Raises:
         PlanError: FP8 flags with --precision bf16, or exclusions that do not fit the model.
+        CheckpointError: --calib-data is no file of samples.
     """
     if precision != "fp8":
         if request.fp8_flags and request.precision == precision:
@@ -69,6 +71,8 @@ def plan_fp8(
             )
         return None, ()
     samples = request.samples
+    if samples.path is not None:
+        check_samples_file(samples.path, "--calib-data")
     plan = Fp8Plan(samples, request.fp8_exclude, resolve_exclusions(config, mapping, request.fp8_exclude))
     return plan, tuple(_decisions(plan))
 

@@ -91,10 +91,13 @@ def read_eval_set(
     check_ids(sequences, vocab_size, where)
     eval_set = EvalSet(DEFAULT_NAME if path is None else path.name, sha256_of_files(files), sequences)
     if eval_set.num_predicted < MIN_TOKENS:
+        is_cut = len(sequences) == num_samples
         raise RefusedError(
-            f"{eval_set.num_predicted} tokens to predict",
-            expected=f"at least {MIN_TOKENS}",
+            f"{len(sequences)} sequences of up to {seq_len} tokens hold {eval_set.num_predicted} to predict",
+            expected=f"{MIN_TOKENS} or more",
             where=where,
-            todo="give more text",
+            todo=f"raise --eval-samples {num_samples} or --eval-seq-len {seq_len}"
+            if is_cut
+            else "give more text",
         )
     return eval_set

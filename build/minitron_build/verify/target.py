@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_build.bundle.bundle import Bundle
+from minitron_build.bundle.bundle import CHECKPOINT_DIR, Bundle
 from minitron_build.bundle.manifest import MANIFEST_NAME, digest_file
 from minitron_build.checkpoint.trtllm_checkpoint import CONVERSION_NAME, FileDigest, TrtllmCheckpoint
 from minitron_build.errors import CheckpointError, MachineError, RefusedError
@@ -31,6 +31,7 @@ class Target:
         tokenizer_dir: None where only the source has one.
         source_name: what the bundle says it was made from.
         sources: digest of each source file it was made from, by name; empty where nothing is recorded.
+        files: digest of each file of the checkpoint as it was written, by name; empty likewise.
         limits: of the engine; empty for a checkpoint.
     """
 
@@ -40,6 +41,7 @@ class Target:
     source_name: str | None = None
     revision: str | None = None
     sources: Mapping[str, FileDigest] | None = None
+    files: Mapping[str, FileDigest] | None = None
     limits: Mapping[str, Any] | None = None
 
     @classmethod
@@ -62,7 +64,9 @@ class Target:
             what = "an engine directory" if "pretrained_config" in config else "a Hugging Face checkpoint"
             raise CheckpointError(what, expected="a bundle or a TensorRT-LLM checkpoint", where=str(path))
         record = TrtllmCheckpoint.load(path) if (path / CONVERSION_NAME).is_file() else None
-        return cls(path, path, sources=None if record is None else record.sources)
+        if record is None:
+            return cls(path, path)
+        return cls(path, path, sources=record.sources, files=record.files)
 
     def needed_checkpoint(self) -> Path:
         """The checkpoint that the reference engine executes.
@@ -109,6 +113,19 @@ class Target:
                 f"its source {repo}: {error.found}", where=str(self.path), todo=GIVE_SOURCE
             ) from None
 
+    def changes(self) -> list[str]:
+        """How the checkpoint's files differ from what was recorded when they were written, one sentence each.
+
+        They are read whole, as what is verified is.
+        """
+        if self.checkpoint_dir is None:
+            return []
+        return [
+            f"{name}: {what}"
+            for name, digest in (self.files or {}).items()
+            if (what := _difference(self.checkpoint_dir / name, digest, hashed_bytes=digest.size_bytes))
+        ]
+
     def differences(self, source_dir: Path) -> list[str]:
         """How a source differs from the recorded one, one sentence a file."""
         return [
@@ -137,16 +154,23 @@ def _bundle_target(path: Path) -> Target:
         manifest.source.get("name"),
         manifest.source.get("revision"),
         {name: FileDigest.from_dict(raw) for name, raw in manifest.source["files"].items()},
+        _checkpoint_files(manifest.files),
         manifest.plan.get("limits"),
     )
 
 
-def _difference(path: Path, digest: FileDigest) -> str:
+def _checkpoint_files(files: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
+    """Those of a bundle's files that are its checkpoint's, by their names there."""
+    prefix = f"{CHECKPOINT_DIR}/"
+    return {name.removeprefix(prefix): digest for name, digest in files.items() if name.startswith(prefix)}
+
+
+def _difference(path: Path, digest: FileDigest, *, hashed_bytes: int = HASHED_BYTES) -> str:
     if not path.is_file():
         return "missing"
     size_bytes = path.stat().st_size
     if size_bytes != digest.size_bytes:
         return f"{size_bytes} bytes, not {digest.size_bytes}"
-    if size_bytes <= HASHED_BYTES and digest_file(path) != digest:
+    if size_bytes <= hashed_bytes and digest_file(path) != digest:
         return "other bytes"
     return ""

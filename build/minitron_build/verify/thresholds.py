@@ -57,7 +57,8 @@ class Limit:
         """A value of the flag.
 
         Raises:
-            ArgumentTypeError: not a finite number, or a share that is neither a fraction nor in percent.
+            ArgumentTypeError: not a finite number, a share that is neither a fraction nor in percent, or a
+                limit that nothing can meet.
         """
         is_percent = text.strip().endswith("%")
         try:
@@ -70,7 +71,15 @@ class Limit:
             raise argparse.ArgumentTypeError(f"{text!r}: this one is in {self.unit}, not in percent")
         if self.unit == "%" and not is_percent and abs(value) >= 1:
             raise argparse.ArgumentTypeError(f"{text!r}: write {text}% for percent, or a fraction below 1")
-        return value / 100 if is_percent else value
+        value = value / 100 if is_percent else value
+        self._check_can_be_met(text, value)
+        return value
+
+    def _check_can_be_met(self, text: str, value: float) -> None:
+        if self.unit == "%" and not self.is_at_most and not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected 0% to 100%, a share of all tokens")
+        if self.unit in ("nats", "logits") and value < 0:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or more, for it is never below 0")
 
 
 _SUGGEST = "find the modules to leave in bf16: minitron verify … --suggest, then build with --fp8-exclude"

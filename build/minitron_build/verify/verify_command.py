@@ -102,6 +102,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _verified(args: argparse.Namespace) -> VerifyResult:
     target = Target.open(args.path)
+    changes = tuple(f"changed since it was written: {change}" for change in target.changes())
+    for change in changes:
+        print(f"warning: {args.path}: {change}", file=sys.stderr)
+    result = _measured(args, target)
+    return replace(result, notes=(*result.notes, *changes))
+
+
+def _measured(args: argparse.Namespace, target: Target) -> VerifyResult:
     with _progress_bars() as progress:
         if args.url is not None:
             served = _against_server(args, target, progress)
