@@ -237,7 +237,8 @@ class Responses:
         try:
             message = next(self._call, None)
         except grpc.RpcError as error:
-            return self._end_by(*status_of(error))
+            self._end_by(*status_of(error))
+            return None
         if message is None:
             if not self._is_cancelled:
                 self._reader.check_whole()
@@ -286,9 +287,11 @@ class Answer(Responses):
         try:
             return self._reader.take(self._call.result())
         except grpc.FutureCancelledError:  # by us: a server's CANCELLED is an RpcError
-            return self._end_by("CANCELLED", "the call was cancelled")
+            self._end_by("CANCELLED", "the call was cancelled")
+            return None
         except grpc.RpcError as error:
-            return self._end_by(*status_of(error))
+            self._end_by(*status_of(error))
+            return None
 
 
 def _interrupt_in(error: BaseException) -> BaseException | None:
