@@ -186,6 +186,9 @@ class AwaitedClient:
     def metadata(self, *args: Any) -> Any:
         return self.run(self.client.metadata(*args))
 
+    def parameters(self, *args: Any) -> Any:
+        return self.run(self.client.parameters(*args))
+
     def tokenize(self, text: str) -> Any:
         return self.run(self.client.tokenize(text))
 

@@ -191,6 +191,11 @@ class AsyncMinitronClient:
         headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
         return await self._describe(self._pool.pick(), model or self.model, limit_s, headers)
 
+    async def parameters(self, model: str | None = None) -> dict[str, str]:
+        """Parameters in a model's configuration, by name; see `MinitronClient.parameters`."""
+        headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
+        return await self._connection(self._pool.pick()).parameters(model or self.model, limit_s, headers)
+
     async def tokenize(self, text: str) -> list[int]:
         """The token ids that the server makes of a prompt; see `MinitronClient.tokenize`."""
         return (await self.tokenizer()).encode(text)

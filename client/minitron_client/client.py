@@ -238,6 +238,16 @@ class MinitronClient:
         headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
         return self._describe(self._pool.pick(), model or self.model, limit_s, headers)
 
+    def parameters(self, model: str | None = None) -> dict[str, str]:
+        """Parameters in a model's configuration, by name; asked anew each time.
+
+        Raises:
+            NotFoundError: the server has no such model.
+            ServerConnectionError: no server at the address.
+        """
+        headers, limit_s = call_headers(self.settings), self.settings.connect_timeout_s
+        return self._connection(self._pool.pick()).parameters(model or self.model, limit_s, headers)
+
     def tokenize(self, text: str) -> list[int]:
         """The token ids that the server makes of a prompt, BOS included; its tokenizer is fetched once.
 

@@ -16,7 +16,13 @@ from fake_triton import AwaitedClient
 from minitron_build.bundle.bundle import Bundle
 from minitron_build.runtime.tokenizer import TextTokenizer
 from minitron_build.serving.triton_server import TritonServer
-from minitron_client import AsyncMinitronClient, InvalidRequestError, MinitronClient, UnsupportedError
+from minitron_client import (
+    AsyncMinitronClient,
+    InvalidRequestError,
+    MinitronClient,
+    NotFoundError,
+    UnsupportedError,
+)
 
 pytestmark = pytest.mark.server
 
@@ -52,6 +58,14 @@ def test_the_client_tokenises_as_the_server_does(text: Any, tokenizer: TextToken
     assert ids == tokenizer.encode(PROMPT, add_special_tokens=True)
     assert text.detokenize(ids) == PROMPT
     assert text.generate(PROMPT, max_tokens=1).usage.input_tokens == len(ids)
+
+
+def test_parameters_of_a_model_are_read(tokens: Any) -> None:
+    told = tokens.parameters()
+    assert (told["precision"], told["kv_cache_dtype"], told["engine"]) == ("bf16", "bf16", "reference")
+    assert "eos_token_ids" in tokens.parameters("tensorrt_llm_bls")
+    with pytest.raises(NotFoundError):
+        tokens.parameters("nobody")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fp8_model import write_fp8_checkpoint
 from minitron_build.bundle.bundle import Bundle
 from minitron_build.cli import main
 from minitron_build.serving.triton_server import TritonServer, free_ports
@@ -78,6 +79,31 @@ def test_another_model_behind_the_url_is_found_out(
     assert result["quality_judged"] is False, "held against the checkpoint, not against its source"
     assert "build the engine again from this checkpoint" in message
     assert "max_input_len is 1024" in result["skipped"]["long-prompt"]  # a checkpoint tells no limits
+
+
+def test_another_precision_behind_the_url_is_refused(
+    tiny_bundle: Bundle, running_server: TritonServer, tiny_minitron: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    checkpoint, url = write_fp8_checkpoint(tiny_minitron, tmp_path / "fp8"), running_server.grpc_url
+    status, result, message = verify(capsys, str(checkpoint), "--url", url, *FEW)
+    assert (status, result) == (1, {})
+    assert (
+        f"{url}: the server's precision is bf16; expected fp8, as {checkpoint} has; name the bundle"
+        in message
+    )
+    status, _, message = verify(capsys, str(tiny_bundle.checkpoint), "--url", url, *FEW)
+    assert status == 0, message
+
+
+def test_golden_prompts_may_be_left_out(
+    tiny_bundle: Bundle, running_server: TritonServer, capsys: Capture
+) -> None:
+    argv = (str(tiny_bundle.path), "--url", running_server.grpc_url, *FEW)
+    skips = ("--skip", "long-prompt", "--skip", "repeat-prompt")
+    status, result, message = verify(capsys, *argv, *skips, "--skip", "golden-prompts")
+    assert status == 0, message
+    assert len(result["answers"]) == 4
+    assert len(verify(capsys, *argv, *skips)[1]["answers"]) == 4 + 8
 
 
 def test_no_server_is_one_line(tiny_bundle: Bundle, capsys: Capture) -> None:

@@ -68,6 +68,7 @@ def test_models_carry_what_they_need(bundle: Bundle) -> None:
     assert (bundle.model_repo / "ensemble" / "1").is_dir()
     parameters = get_parameters(read_config(bundle.model_repo / "tensorrt_llm"))
     assert parameters["max_batch_size"] == "8"
+    assert (parameters["precision"], parameters["kv_cache_dtype"]) == ("bf16", "bf16")
     assert get_parameters(read_config(bundle.model_repo / "tensorrt_llm_bls"))["eos_token_ids"] == "509"
 
 

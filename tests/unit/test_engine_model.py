@@ -20,7 +20,13 @@ from minitron_build.lint.lint_command import lint
 from minitron_build.lint.triton_repository import TritonRepository
 from minitron_build.planning.plan import BuildPlan, PlanRequest, make_plan
 from minitron_build.repository import pbtxt
-from minitron_build.repository.backend_parameters import PARAMETERS, Parameter, is_true, read_number
+from minitron_build.repository.backend_parameters import (
+    PARAMETERS,
+    TOLD,
+    Parameter,
+    is_true,
+    read_number,
+)
 from minitron_build.repository.engine_model import (
     ENGINE_PATH,
     SETTINGS,
@@ -96,6 +102,7 @@ def test_every_parameter_is_set_or_left_out_on_purpose(
     assert list(settings) == list(PARAMETERS)
     assert all(setting.reason for setting in settings.values())
     written = pbtxt.get_parameters(engine_model_config(engine, plan))
+    assert [written.pop(key) for key in TOLD] == [precision] * 2
     assert written == {key: one.value for key, one in settings.items() if one.value is not None}
     for key, value in written.items():
         assert PARAMETERS[key].wrong(value) is None, key
@@ -261,6 +268,7 @@ def test_the_executors_model_reads_what_the_engine_is(make_hopper_plan: Callable
     written, settings = pbtxt.get_parameters(config), engine_settings(make_engine("fp8"), plan)
     assert (written["engine"], written["engine_dir"]) == ("executor", "1")
     assert "checkpoint_dir" not in written
+    assert [written[key] for key in TOLD] == ["fp8", "fp8"]
     for key in ("kv_cache_free_gpu_mem_fraction", "enable_kv_cache_reuse", "decoding_mode"):
         assert written[key] == settings[key].value
     assert written["max_seq_len"] == str(make_engine("fp8").max_seq_len)

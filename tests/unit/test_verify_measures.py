@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import torch
 from minitron_build.calibration.samples import DEFAULT_SET
 from minitron_build.errors import RefusedError
 from minitron_build.runtime.tokenizer import TextTokenizer
+from minitron_build.verify import served
 from minitron_build.verify.eval_data import HELD_OUT_DIR, EvalSet, read_eval_set
 from minitron_build.verify.golden_prompts import compare_golden
 from minitron_build.verify.result import VerifyResult
@@ -221,3 +222,32 @@ def test_too_little_text_is_told_by_what_cuts_it(tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps([[1] * 100, [2] * 100]))
     with pytest.raises(RefusedError, match="2 sequences of up to 512 tokens hold 198 .*; give more text"):
         read(tmp_path / "ids.json")
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (
+            {"precision": "fp8", "kv_cache_dtype": "fp8"},
+            "h:1: the server.s precision is fp8; expected bf16, as",
+        ),
+        ({"precision": "bf16", "kv_cache_dtype": "fp8"}, "the server.s kv_cache_dtype is fp8; expected bf16"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8"),
+    ],
+)
+def test_a_server_of_another_precision_is_refused(told: dict[str, str], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        served._check_precision(told, served_request(precision="bf16", kv_cache_dtype="bf16"))
+    assert served._check_precision(told, served_request()) == (), "the source may be held against any"
+
+
+def test_a_server_that_does_not_tell_its_precision_is_noted() -> None:
+    wanted = served_request(precision="bf16", kv_cache_dtype="bf16")
+    assert served._check_precision({"precision": "bf16", "kv_cache_dtype": "bf16"}, wanted) == ()
+    (note,) = served._check_precision({"engine": "x"}, wanted)
+    assert note == "the server does not tell its precision and kv_cache_dtype"
+
+
+def served_request(**precision: str) -> served.ServedRequest:
+    nobody: Any = None
+    return served.ServedRequest("h:1", nobody, "c", "fp8", nobody, nobody, precision=precision)

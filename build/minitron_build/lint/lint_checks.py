@@ -15,7 +15,7 @@ from minitron_build.lint.lint_engine import check_engine
 from minitron_build.lint.lint_paths import check_engine_dir, check_paths, check_tokenizer
 from minitron_build.lint.triton_repository import Part, TritonModel, TritonRepository
 from minitron_build.repository import pbtxt
-from minitron_build.repository.backend_parameters import PARAMETERS, READ_BESIDES, is_true, read_number
+from minitron_build.repository.backend_parameters import PARAMETERS, READ_BESIDES, TOLD, is_true, read_number
 from minitron_build.repository.engine_model import EXECUTOR_KEYS, REFERENCE_ONLY
 from minitron_build.repository.model_repo import MODELS, RUNTIME_NAME, template_dir
 
@@ -186,7 +186,7 @@ def check_repeats(repository: TritonRepository, model: TritonModel) -> Iterator[
 
 _READ_BY_TRITON = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
 _UPSTREAM_NAMES: dict[Part, tuple[str, ...]] = {
-    "engine": (*PARAMETERS, *READ_BESIDES),
+    "engine": (*PARAMETERS, *READ_BESIDES, *TOLD),
     "preprocessing": (
         *("tokenizer_dir", "add_special_tokens", "multimodal_model_path"),
         *("gpt_model_path", "max_num_images", "hf_model_path"),

@@ -159,3 +159,5 @@ PARAMETERS: dict[str, Parameter] = {
 }
 """In upstream's order. Read too, though upstream's template leaves it out: `recv_poll_period_ms`."""
 READ_BESIDES = ("recv_poll_period_ms",)
+TOLD = ("precision", "kv_cache_dtype")
+"""Of our bundles: the backend passes them over; `minitron verify --url` reads there what is served."""

@@ -18,7 +18,7 @@ from minitron_build.engine.engine_config import EngineConfig
 from minitron_build.errors import PlanError
 from minitron_build.repository import pbtxt
 from minitron_build.repository.backend_parameters import PARAMETERS
-from minitron_build.repository.model_repo import template_dir
+from minitron_build.repository.model_repo import template_dir, told_parameters
 
 if TYPE_CHECKING:
     from minitron_build.planning.plan import BuildPlan
@@ -82,7 +82,8 @@ def engine_model_config(engine: EngineConfig, plan: BuildPlan) -> Any:
     config.dynamic_batching.default_queue_policy.max_queue_size = MAX_QUEUE_SIZE
     set_logits_type(config, engine)
     values = {key: setting.value for key, setting in engine_settings(engine, plan).items()}
-    pbtxt.replace_parameters(config, {key: value for key, value in values.items() if value is not None})
+    written = {key: value for key, value in values.items() if value is not None}
+    pbtxt.replace_parameters(config, written | told_parameters(plan))
     return config
 
 
@@ -109,7 +110,7 @@ def executor_model_config(engine: EngineConfig, plan: BuildPlan) -> Any:
     set_logits_type(config, engine)
     committed = pbtxt.get_parameters(config)
     kept = {key: value for key, value in committed.items() if key not in REFERENCE_ONLY}
-    pbtxt.replace_parameters(config, kept | executor_parameters(engine, plan))
+    pbtxt.replace_parameters(config, kept | executor_parameters(engine, plan) | told_parameters(plan))
     return config
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from minitron_build.errors import MachineError
 from minitron_build.planning.plan import BuildPlan
 from minitron_build.repository import pbtxt
+from minitron_build.repository.backend_parameters import TOLD
 from minitron_build.source.hf_checkpoint import HfCheckpoint
 
 TEXT_MODELS = ("tensorrt_llm_bls", "ensemble")
@@ -92,10 +93,14 @@ def _text_parameters(source: HfCheckpoint) -> dict[str, dict[str, str]]:
     return {model: text for model in ("preprocessing", *TEXT_MODELS)}
 
 
+def told_parameters(plan: BuildPlan) -> dict[str, str]:
+    """What the engine model's configuration tells a client of the weights and the KV cache."""
+    return {name: str(getattr(plan, name)) for name in TOLD}
+
+
 def _reference_parameters(plan: BuildPlan) -> dict[str, str]:
-    return {"compute_dtype": plan.compute_dtype} | {
-        name: str(value) for name, value in asdict(plan.limits).items()
-    }
+    limits = {name: str(value) for name, value in asdict(plan.limits).items()}
+    return {"compute_dtype": plan.compute_dtype, **limits, **told_parameters(plan)}
 
 
 def _set_parameters(output_dir: Path, parameters: dict[str, dict[str, str]]) -> None:

@@ -112,6 +112,16 @@ def open_reference(model_dir: Path, *, max_tokens: int, arithmetic: Arithmetic) 
         raise CheckpointError(str(error)) from None
 
 
+def precision_of(config: CheckpointConfig) -> dict[str, str]:
+    """What a checkpoint is, in the words of a bundle's plan."""
+    quantization = config.quantization
+    flags = {
+        "precision": quantization.quant_algo is not None,
+        "kv_cache_dtype": quantization.has_fp8_kv_cache,
+    }
+    return {name: "fp8" if is_fp8 else "bf16" for name, is_fp8 in flags.items()}
+
+
 def rope_difference(models: ModelPair) -> float:
     """Largest difference between the two models' RoPE frequencies, as a fraction of the source's.
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from minitron_build.errors import RefusedError
 from minitron_build.verify.golden_prompts import PROMPTS
 from minitron_build.verify.result import GOLDEN, LONG, REPEAT, VerifyResult
 from minitron_build.verify.thresholds import Thresholds
@@ -40,6 +41,8 @@ class ServedRequest:
         reference_name: what the reference is, for people.
         tokenizer: of the served model.
         max_input_len: longest prompt the server takes, as far as that is known.
+        precision: of the checkpoint that is the reference, in a bundle's words ("precision",
+            "kv_cache_dtype"); empty where the reference is the source, of whose precision no server need be.
         skipped: parts left out, with the reason that the result gives.
     """
 
@@ -50,6 +53,7 @@ class ServedRequest:
     tokenizer: TextTokenizer
     eval_set: EvalSet
     max_input_len: int = LONG_PROMPT_TOKENS
+    precision: Mapping[str, str] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -76,16 +80,15 @@ def verify_served(request: ServedRequest, progress: Progress) -> VerifyResult:
 
     Raises:
         MinitronClientError: the server cannot be reached, or failed a request.
+        RefusedError: it serves another precision than the checkpoint's.
     """
     from minitron_client import MinitronClient
 
     started_s = time.monotonic()
     skipped = dict(request.skipped)
-    prompts = [
-        *(tuple(request.tokenizer.encode(text, add_special_tokens=True)) for text in PROMPTS),
-        *_windows(request.eval_set),
-    ]
+    prompts = [*_golden_prompts(request), *_windows(request.eval_set)]
     with MinitronClient(request.url, model=ENGINE_MODEL, timeout_s=TIMEOUT_S) as client:
+        notes = _check_precision(client.parameters(), request)
         served = []
         for number, prompt in enumerate(prompts):
             progress("served prompts", number, len(prompts))
@@ -103,7 +106,21 @@ def verify_served(request: ServedRequest, progress: Progress) -> VerifyResult:
     thresholds = Thresholds(request.kind, request.thresholds)
     checks = tuple(thresholds.check(name, value) for name, value in numbers.items())
     facts = {"answers": [_facts(one) for one in answers], "seconds": round(time.monotonic() - started_s, 2)}
-    return VerifyResult(f"server {request.url}", request.reference_name, checks, facts, skipped)
+    return VerifyResult(f"server {request.url}", request.reference_name, checks, facts, skipped, notes)
+
+
+def _check_precision(told: Mapping[str, str], request: ServedRequest) -> tuple[str, ...]:
+    """Refuse a server of another precision, whose answers are often alike; a note where it does not tell."""
+    silent = [key for key in request.precision if key not in told]
+    for key, wanted in request.precision.items():
+        if told.get(key, wanted) != wanted:
+            raise RefusedError(
+                f"the server's {key} is {told[key]}",
+                expected=f"{wanted}, as {request.reference_name} has",
+                where=request.url,
+                todo="name the bundle that it serves",
+            )
+    return (f"the server does not tell its {' and '.join(silent)}",) if silent else ()
 
 
 def _golden_prompts(request: ServedRequest) -> list[Ids]:

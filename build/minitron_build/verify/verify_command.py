@@ -23,7 +23,7 @@ from minitron_build.verify.eval_data import (
     EvalSet,
     read_eval_set,
 )
-from minitron_build.verify.models import Arithmetic, open_reference
+from minitron_build.verify.models import Arithmetic, open_reference, precision_of
 from minitron_build.verify.result import PARTS, REPEAT, VerifyResult
 from minitron_build.verify.target import GIVE_SOURCE, Target
 from minitron_build.verify.thresholds import FP8, add_threshold_flags, given_thresholds
@@ -181,6 +181,7 @@ def _against_server(args: argparse.Namespace, target: Target, progress: Progress
         tokenizer,
         _eval_set(args, model, tokenizer),
         max_input_len=longest,
+        precision={} if reference_dir == source_dir else precision_of(model.source.config),
         thresholds=given_thresholds(args),
         skipped=_skipped(args),
     )
