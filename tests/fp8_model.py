@@ -230,7 +230,7 @@ class Recorder:
     def wrap(self, quantize: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def recording(x: torch.Tensor, scaling_factor: float) -> torch.Tensor:
             rounded = quantize(x, scaling_factor)
-            self.codes.append(rounded.double())
+            self.codes.append(rounded.cpu().double())
             return rounded
 
         return recording

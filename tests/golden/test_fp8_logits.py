@@ -20,6 +20,7 @@ from minitron_build.runtime.reference_engine import LlamaModel
 from minitron_build.runtime.reference_engine import kv_cache as kv_cache_module
 from minitron_build.runtime.reference_engine import linear as linear_module
 from minitron_build.runtime.reference_engine.llama import PREFILL_CHUNK_TOKENS
+from pretended_cuda import DEVICE, pretended_cuda
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_logits.json").read_text())
 SHORT_IDS = [508, *((11 * n * n + 5 * n) % 500 for n in range(39))]
@@ -60,6 +61,18 @@ def test_logits_equal_float64_with_one_byte_weights(
 ) -> None:
     checkpoint = write_fp8_checkpoint(tiny_minitron, tmp_path / "fp8")
     found = engine_logits(checkpoint, SHORT_IDS, recorder, keeps_fp8_bytes=True)
+    assert_close(found, check_engine(tiny_minitron, checkpoint, SHORT_IDS, recorder, PREFILL_CHUNK_TOKENS))
+
+
+@pytest.mark.parametrize("kv_scale", [None, 1.0])
+def test_logits_by_scaled_mm_equal_float64(
+    tiny_minitron: Path, tmp_path: Path, recorder: Recorder, kv_scale: float | None
+) -> None:
+    """The path of a GPU's tensor cores, with the CPU's own `torch._scaled_mm` in their place."""
+    checkpoint = write_fp8_checkpoint(tiny_minitron, tmp_path / "fp8", kv_scale=kv_scale)
+    with pretended_cuda() as mode:
+        found = engine_logits(checkpoint, SHORT_IDS, recorder, device=str(DEVICE))
+    assert mode.operations["aten._scaled_mm.default"] >= 4 * 5
     assert_close(found, check_engine(tiny_minitron, checkpoint, SHORT_IDS, recorder, PREFILL_CHUNK_TOKENS))
 
 

@@ -72,6 +72,24 @@ def test_a_conversion_takes_the_device(
     assert short_verify(checkpoint.path, tiny_minitron).facts["kind"] == "fp8"
 
 
+def test_a_device_that_computes_is_taken(cuda: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
+    assert forward_module.calibration_device() == torch.device("cuda")
+    assert not capsys.readouterr().err
+
+
+def test_a_device_that_does_not_compute_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_kernels(*size: int, **options: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", no_kernels)
+    assert forward_module.calibration_device() == torch.device("cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the CUDA device is not used, it does not compute: CUDA error: no kernel")
+
+
 def test_sums_are_whole_and_the_flag_is_given_back(tiny_minitron: Path, cuda: torch.device) -> None:
     flags, seen = torch.backends.cuda.matmul, set()
     source = HfCheckpoint.open(tiny_minitron)

@@ -7,6 +7,7 @@ the set and the forward pass, nothing of what is done with a layer's weights or 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,20 @@ Progress = Callable[[int], None]
 
 
 def calibration_device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first CUDA device where there is one that computes, else the CPU.
+
+    A driver may show a GPU that this torch has no kernels for, or whose memory is full.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        one = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+        float((one @ one).sum())  # waits for it
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        print(f"warning: the CUDA device is not used, it does not compute: {reason}", file=sys.stderr)
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 class CalibrationForward:

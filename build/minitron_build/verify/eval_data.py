@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from minitron_build.runtime.tokenizer import TextTokenizer
 
 HELD_OUT_DIR = Path(__file__).with_name("held_out")
+"""39 or 40 windows of 512 tokens, counted as the calibration set is (see its DEFAULT_SET)."""
 DEFAULT_NAME = "held-out set of the toolkit"
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 32, 512
 FLAG = "--eval-data"
