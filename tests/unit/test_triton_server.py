@@ -22,7 +22,13 @@ import pytest
 from minitron_build.errors import MachineError, PlanError, StageError
 from minitron_build.serving import triton_preflight as preflight
 from minitron_build.serving import triton_server
-from minitron_build.serving.triton_log import LogFilter, exit_words, failure_reason, status_words
+from minitron_build.serving.triton_log import (
+    LogFilter,
+    exit_words,
+    failure_reason,
+    status_words,
+    without_aftermath,
+)
 from minitron_build.serving.triton_server import ServerOptions, free_ports
 from minitron_build.serving.triton_stubs import describe_death, live_servers, read_state
 
@@ -469,6 +475,8 @@ TRACEBACK = (
 )
 PARSE = "[libprotobuf ERROR text_format.cc:337] Error parsing text-format inference.ModelConfig: 3:14: bad"
 POLL = f"{STAMP} E 1 r.cc:3] \"Poll failed for model directory 'm': failed to read text proto from /m.pbtxt\""
+GONE = "I0101 00:00:00.000000 7 pb_stub.cc:2145]  Non-graceful termination detected. "
+MPIRUN = "mpirun noticed that process rank 1 exited on signal 9"
 NONE_LOADED = "error: creating server: Internal - failed to load all models"
 
 
@@ -501,11 +509,17 @@ class TestLog:
             (["/opt/tritonserver: unrecognized option '--x=1'"], "unrecognized option '--x=1'"),
             (["terminate called after throwing an instance of 'X'", "  what():  no memory"], "no memory"),
             (["the parent process has gone"], ""),
+            ([GONE, "RuntimeError: unknown parameter type"], ""),
+            ([TRACEBACK, GONE, "RuntimeError: unknown"], "model 'm': KeyError: 'x' (at /m.py(3): f)"),
+            ([GONE, "KeyError: 1", MPIRUN], MPIRUN),
             ([NONE_LOADED], "creating server: Internal - failed to load all models"),
         ],
     )
     def test_reason_is_tritons_most_telling_line(self, lines: list[str], reason: str) -> None:
         assert failure_reason(lines) == reason
+
+    def test_what_models_say_after_the_servers_end_is_left_out(self) -> None:
+        assert [*without_aftermath([PARSE, GONE, "Traceback", MPIRUN, "KeyError: 1"])] == [PARSE, MPIRUN]
 
     def test_exits_in_words(self) -> None:
         assert exit_words(1) == "exit code 1"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # Said by every healthy start on a machine without a GPU.
 _NOISE = re.compile(
@@ -34,6 +34,10 @@ class LogFilter:
         return self._level in "WEF" and bool(line.strip()) and not _NOISE.search(line)
 
 
+_SERVER_HAS_GONE = "Non-graceful termination detected"
+"""Said by a model's process that finds the server dead."""
+_LAUNCHER = re.compile("mpirun|orterun|prterun")
+
 # From the most telling to the least: what went wrong, then what Triton concluded.
 _REASONS = (
     re.compile(r"^\[libprotobuf ERROR [^\]]*\] (?P<cause>.+)"),
@@ -53,7 +57,7 @@ _REASONS = (
 
 def failure_reason(log: Iterable[str]) -> str:
     """Triton's own reason, in one line, from its log; empty when there is none."""
-    lines = [line for line in log if not _NOISE.search(line)]
+    lines = [line for line in without_aftermath(log) if not _NOISE.search(line)]
     for pattern in _REASONS:
         for line in lines:
             match = pattern.search(line)
@@ -62,6 +66,15 @@ def failure_reason(log: Iterable[str]) -> str:
                 cause = _shorten_cause(match["cause"])
                 return _with_file(f"model {model}: {cause}" if model else cause, lines)
     return ""
+
+
+def without_aftermath(log: Iterable[str]) -> Iterator[str]:
+    """The log but what models' processes say once the server has gone, when they end under their threads."""
+    has_gone = False
+    for line in log:
+        has_gone |= _SERVER_HAS_GONE in line
+        if not has_gone or _LAUNCHER.match(line):
+            yield line
 
 
 def _shorten_cause(cause: str) -> str:

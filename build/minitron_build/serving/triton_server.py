@@ -32,7 +32,7 @@ from typing import IO, BinaryIO, cast
 
 from minitron_build.errors import MachineError, PlanError, StageError
 from minitron_build.serving import triton_preflight as preflight
-from minitron_build.serving.triton_log import LogFilter, exit_words, failure_reason
+from minitron_build.serving.triton_log import LogFilter, exit_words, failure_reason, without_aftermath
 from minitron_build.serving.triton_ranks import (
     TEMPORARY_FOLDER_VARIABLES,
     find_launcher,
@@ -232,7 +232,7 @@ class TritonServer:
     def failure_reason(self) -> str:
         """Triton's own reason for a failure, or its last words, in one line."""
         log = self.recent_log
-        said = (line.strip() for line in reversed(log) if any(map(str.isalnum, line)))
+        said = (line.strip() for line in reversed([*without_aftermath(log)]) if any(map(str.isalnum, line)))
         last_words = next(said, "(nothing)")
         return failure_reason(log) or f"its log names no reason and ends with: {last_words}"
 
