@@ -672,6 +672,9 @@ def test_interrupted_demo_leaves_nothing(
 
 
 def test_demo_that_fails_says_so_in_one_line(demo: Callable[..., subprocess.Popen[str]]) -> None:
-    output, errors = (process := demo("--max-tokens", "0")).communicate(timeout=30)
-    assert (process.returncode, output) == (1, "")
-    assert errors.startswith("minitron: max_tokens must be an integer from 1")
+    """The server refuses it, so it has been built and started, and is stopped again."""
+    output, errors = (process := demo("def", "--max-tokens", "1000000")).communicate(timeout=60)
+    assert (process.returncode, output) == (1, "def")
+    last = errors.splitlines()[-1]
+    assert last.startswith("minitron: prompt (2 tokens) plus max_tokens (1000000) is 1000002; max_seq_len is")
+    assert "INVALID_ARGUMENT" in last
