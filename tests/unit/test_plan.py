@@ -279,7 +279,7 @@ def test_reasons_of_lengths_name_the_model_s_own_end(real: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.txt", "--calib-data .*nowhere.txt: No such file or directory; give a file of samples"),
+        ("nowhere", "--calib-data .*nowhere: No such file or directory; give a file of samples"),
         ("folder.json", "--calib-data .*folder.json: a folder; give a file of samples"),
         ("samples.csv", "--calib-data: a file named samples.csv; expected .txt, .jsonl, .json; rename it"),
     ],
@@ -288,6 +288,7 @@ def test_calibration_data_that_is_no_file_is_refused_with_the_plan(
     real: ModelConfig, tmp_path: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder.json").mkdir()
+    (tmp_path / "samples.csv").write_text("x")
     with pytest.raises(CheckpointError, match=message):
         plan_for(real, precision="fp8", calib_data=tmp_path / name)
     flags = [

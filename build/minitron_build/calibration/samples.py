@@ -109,13 +109,13 @@ def check_samples_file(path: Path, flag: str) -> None:
     Raises:
         CheckpointError: no such file, a folder, or a name of another format.
     """
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "No such file or directory"
+        raise CheckpointError(what, where=f"{flag} {path}", todo="give a file of samples")
     if path.suffix not in FORMATS:
         raise CheckpointError(
             f"a file named {path.name}", expected=", ".join(FORMATS), where=flag, todo="rename it"
         )
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "No such file or directory"
-        raise CheckpointError(what, where=f"{flag} {path}", todo="give a file of samples")
 
 
 def read_calibration_set(request: SampleRequest, hf_dir: Path, vocab_size: int) -> CalibrationSet:
