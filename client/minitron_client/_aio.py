@@ -23,6 +23,7 @@ from minitron_client._triton import (
     SMALL_CALLS,
     Headers,
     ResponseReader,
+    leaves_addresses_open,
     make_stub,
     messages,
     read_metadata,
@@ -76,7 +77,10 @@ class AioConnection:
             with CallMark():
                 return read(await getattr(self._stub, name)(message, timeout=timeout_s, metadata=headers))
         except grpc.RpcError as error:
-            raise small_call_error(*status_of(error), self.url, timeout_s) from None
+            told = (*status_of(error), self.url, timeout_s)
+            if leaves_addresses_open(told[1], self.url):
+                raise await asyncio.to_thread(small_call_error, *told) from None
+            raise small_call_error(*told) from None
 
     async def describe(self, model: str, timeout_s: float, headers: Headers = ()) -> ModelMetadata:
         """What the model takes and gives, and whether it is decoupled.

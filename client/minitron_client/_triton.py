@@ -7,11 +7,13 @@ makes no call: that is `_blocking.py` and `_aio.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from minitron_client.errors import (
     DeadlineError,
+    HandshakeError,
     MinitronClientError,
     ProtocolError,
     ServerConnectionError,
@@ -19,6 +21,7 @@ from minitron_client.errors import (
     error_from_sentence,
     error_from_status,
 )
+from minitron_client.listeners import find_listener, is_name
 from minitron_client.settings import TlsConfig
 from minitron_client.tensors import InferRequest, InferResponse, ModelMetadata, TensorSpec
 
@@ -176,6 +179,11 @@ class ResponseReader:
         return call_error(code, details, self._url, self._request_id, self.num_responses > 0)
 
 
+# What grpc says around the cause itself.
+_CAUSE = re.compile(r"^.*(?:Failed to connect to remote host: |(?=Failed parsing HTTP/2))")
+_LOOK_UP = re.compile(r"^errors resolving .* lookup failed for \S+ (.*?)\]?$")
+
+
 def status_of(error: Any) -> tuple[str, str]:
     """Status name and sentence of a grpc error."""
     code = error.code()
@@ -189,18 +197,34 @@ def call_error(
     error = error_from_status(code, details, request_id=request_id, is_mid_stream=is_mid_stream)
     if not isinstance(error, ServerConnectionError):
         return error
-    cause = error.message.rsplit("Failed to connect to remote host: ", 1)[-1]
+    cause = _LOOK_UP.sub(r"the name cannot be looked up: \1", _CAUSE.sub("", error.message))
     said = f"lost the connection to {url} in mid-stream" if is_mid_stream else f"no connection to {url}"
     return type(error)(
         f"{said}: {cause}", code=error.code, request_id=request_id, advice=error.default_advice
     )
 
 
+def leaves_addresses_open(details: str, url: str) -> bool:
+    """Whether a refusal is that of one address of a name: `small_call_error` then tries to connect."""
+    return "Connection refused" in details and is_name(url)
+
+
 def small_call_error(code: str, details: str, url: str, timeout_s: float) -> MinitronClientError:
-    """The error of a call that takes milliseconds where a server is there at all."""
+    """The error of a call that takes milliseconds where a server is there at all.
+
+    May take half a second itself, and a look-up of the name, where `leaves_addresses_open`.
+    """
     if code == "DEADLINE_EXCEEDED":
         return ServerConnectionError(
             f"no answer from {url} within {round(timeout_s, 2):g} s; is a server running there?", code=code
+        )
+    listener = find_listener(url) if leaves_addresses_open(details, url) else None
+    if listener is not None:
+        return HandshakeError(
+            f"no connection to {url}: one of its addresses refuses connections, and {listener} takes them: "
+            "it failed the handshake, or has only just come",
+            code=code,
+            advice=HandshakeError.default_advice,
         )
     return call_error(code, details, url)
 

@@ -6,6 +6,7 @@ was the server that refused) and `.advice` (what to do).
     MinitronClientError
     ├── ServerConnectionError   no server at the address, or the connection went before an answer (retryable)
     │   ├── HandshakeError        something answers there, but not as this client speaks: TLS (retryable)
+    │   ├── ForeignServerError    something answers there that is no gRPC server            (retryable)
     │   └── StreamBrokenError     it went, or ended early, after the first response: text is lost
     ├── DeadlineError           not answered within timeout_s; also a TimeoutError
     ├── CancelledError          cancelled by the server, or by close() of the client
@@ -75,6 +76,15 @@ class HandshakeError(ServerConnectionError):
     default_advice = (
         "both sides must speak TLS or neither (--tls or MINITRON_TLS=1; tls=TlsConfig()), with certificates "
         "that the other side trusts (--tls-ca, --tls-cert, --tls-key, --tls-server-name), on the gRPC port"
+    )
+
+
+class ForeignServerError(ServerConnectionError):
+    """Something answers at the address, and it is no gRPC server: another port, or another service."""
+
+    default_advice = (
+        "what answers there is no gRPC server: give Triton's gRPC port (8001 by default; 8000 is its HTTP "
+        "port), or --tls where a proxy wants it"
     )
 
 
@@ -232,13 +242,19 @@ _TRANSPORT_CODES = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
 _TRANSPORT = re.compile(
     r"failed to connect|connection (?:refused|reset|aborted|timed out)|socket closed|dns resolution|"
     r"rst_stream|name resolution|stream removed|goaway|broken pipe|keepalive|ping timeout|unreachable|"
-    r"end of tcp stream|handshak|channel is shut",
+    r"end of tcp stream|handshak|channel is shut|errors resolving|lookup failed",
     re.IGNORECASE,
 )
 # Of them, those of a connection that was taken and dropped before a word of gRPC, as a TLS server drops plain
 # text, and a caller without the certificate it wants.
 _HANDSHAKE = re.compile(
     r"handshak|verification check failed|certificate_|failed to connect to all addresses.*socket closed",
+    re.IGNORECASE,
+)
+# What speaks HTTP and no gRPC: HTTP/1, or HTTP/2 with a page in answer. A proxy's 401, 403, 429 and 5xx are
+# about the server behind it, and keep the meaning that gRPC gives them.
+_FOREIGN = re.compile(
+    r"failed parsing http/2|expected settings frame|http2 header with status: (?:[23]\d\d|40[04-8]|41\d)",
     re.IGNORECASE,
 )
 _PREFIX = re.compile(r"^(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
@@ -257,7 +273,9 @@ def error_from_status(
         is_mid_stream: a response had come: what was retryable is a broken stream now.
     """
     error = STATUS_ERRORS.get(code, InternalError)
-    if code in _TRANSPORT_CODES and _TRANSPORT.search(details):
+    if code in (*_TRANSPORT_CODES, "UNIMPLEMENTED") and _FOREIGN.search(details):
+        error = ForeignServerError
+    elif code in _TRANSPORT_CODES and _TRANSPORT.search(details):
         error = HandshakeError if _HANDSHAKE.search(details) else ServerConnectionError
     elif code in _AMBIGUOUS_CODES:
         rule = _find_rule(details)

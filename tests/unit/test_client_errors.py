@@ -14,6 +14,7 @@ from minitron_client.errors import (
     AuthError,
     CancelledError,
     DeadlineError,
+    ForeignServerError,
     HandshakeError,
     InternalError,
     InvalidRequestError,
@@ -146,6 +147,24 @@ def test_a_sentence_without_status_is_classified(
             HandshakeError,
         ),
         ("UNAVAILABLE", "DNS resolution failed for nowhere:8001", ServerConnectionError),
+        (
+            "UNAVAILABLE",
+            "errors resolving x:1: [field:hostname lookup error:address lookup failed for x:1: "
+            "Domain name not found]",
+            ServerConnectionError,
+        ),
+        (
+            "UNAVAILABLE",
+            "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1.2.3.4:1: Failed parsing "
+            "HTTP/2 (Expected SETTINGS frame as the first frame, got frame type 79)",
+            ForeignServerError,
+        ),
+        ("UNIMPLEMENTED", "Received http2 header with status: 404", ForeignServerError),
+        ("UNKNOWN", "Received http2 header with status: 302", ForeignServerError),
+        ("INTERNAL", "Received http2 header with status: 400", ForeignServerError),
+        ("UNAVAILABLE", "Received http2 header with status: 503", UnavailableError),
+        ("UNAUTHENTICATED", "Received http2 header with status: 401", AuthError),
+        ("INVALID_ARGUMENT", "the prompt says: failed parsing HTTP/2", InvalidRequestError),
         ("UNAVAILABLE", "This protocol is restricted, expecting header 'triton-grpc-protocol-x'", AuthError),
         ("UNAVAILABLE", "Exceeds maximum queue size", OverloadedError),
         ("UNAVAILABLE", "Server is stopping, shutting down", UnavailableError),

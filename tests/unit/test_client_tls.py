@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,14 @@ import trustme
 from fake_triton import AwaitedClient, FakeTriton, serving_fake
 from minitron_build.cli import main
 from minitron_client import (
+    ForeignServerError,
     HandshakeError,
     InvalidValueError,
     MinitronClient,
     ServerConnectionError,
     TlsConfig,
 )
+from minitron_client._triton import small_call_error
 
 pytestmark = pytest.mark.unit
 
@@ -95,6 +101,61 @@ def test_the_wrong_ones_are_no_connection(
     ):
         client.generate("hi")
     assert fake.requests == []
+
+
+def test_a_name_with_an_address_where_nobody_listens_is_no_other_matter(
+    fake: FakeTriton, make: Any, pem: dict[str, Path]
+) -> None:
+    """To grpc localhost is ::1 too, and the refusal there may be the one told, most at a second attempt."""
+    url = f"localhost:{fake.url.rpartition(':')[2]}"
+    for tls in (None, TlsConfig(ca_file=pem["stranger"]), TlsConfig(ca_file=pem["ca"])):
+        with make(url, tls=tls, connect_timeout_s=2) as client:
+            for _ in range(3):
+                with pytest.raises(HandshakeError, match="both sides must speak TLS or"):
+                    client.metadata()
+
+
+@pytest.mark.parametrize("has_server", [True, False])
+def test_a_refusal_by_one_address_of_a_name_is_looked_into(has_server: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        if not has_server:
+            listening.close()
+        details = (
+            f"failed to connect to all addresses; last error: UNKNOWN: ipv6:%5B::1%5D:{port}: Failed to "
+            "connect to remote host: Connection refused"
+        )
+        error = small_call_error("UNAVAILABLE", details, f"localhost:{port}", 1)
+        of_an_address = small_call_error("UNAVAILABLE", details, f"127.0.0.1:{port}", 1)
+    assert type(of_an_address) is ServerConnectionError
+    assert type(error) is (HandshakeError if has_server else ServerConnectionError)
+    assert (f"127.0.0.1:{port} takes them" in str(error)) is has_server
+    assert ("Connection refused; check the address" in str(error)) is not has_server
+
+
+def test_a_name_that_is_none_and_an_http_server_are_told_apart(make: Any) -> None:
+    with (
+        make("no.such.host.invalid:8001", connect_timeout_s=5, max_retries=0) as client,
+        pytest.raises(ServerConnectionError, match=r"no\.such\.host\.invalid:8001: .*; check the address"),
+    ):
+        client.generate("hi")
+    with (
+        http_server() as url,
+        make(url, connect_timeout_s=5, max_retries=0) as client,
+        pytest.raises(ForeignServerError, match=r"no gRPC server: give Triton's gRPC port \(8001 by default"),
+    ):
+        client.generate("hi")
+
+
+@contextmanager
+def http_server() -> Iterator[str]:
+    """An HTTP server of another kind, as Triton's port 8000 is one."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def test_tls_to_a_server_without_it_is_told_so(make: Any, pem: dict[str, Path]) -> None:

@@ -61,6 +61,7 @@ TABLE: dict[type[errors.MinitronClientError], Answer] = {
     errors.MinitronClientError: Answer(500, "server_error", "internal_error"),
     errors.ServerConnectionError: Answer(503, "server_error", "server_unreachable", True, _UNREACHABLE),
     errors.HandshakeError: Answer(503, "server_error", "server_unreachable", True, _UNREACHABLE),
+    errors.ForeignServerError: Answer(503, "server_error", "server_unreachable", True, _UNREACHABLE),
     errors.StreamBrokenError: Answer(
         502, "server_error", "stream_broken", says="the inference server went away in the middle of the text"
     ),
