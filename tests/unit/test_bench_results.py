@@ -22,7 +22,7 @@ import pytest
 
 from minitron_build.cli import main
 from minitron_client.bench import bench_command, table
-from minitron_client.bench.comparison import Ratio, compare
+from minitron_client.bench.comparison import Ratio, compare, comparison_notes
 from minitron_client.bench.generator import PointRun
 from minitron_client.bench.load import LoadPoint
 from minitron_client.bench.measure import Distribution, ErrorCount, Estimate, Measurement, measure, t_quantile
@@ -396,6 +396,14 @@ def test_goodput_is_compared_under_the_same_slos_only() -> None:
     other = dataclasses.replace(before, workload=dataclasses.replace(before.workload, slos={}))
     assert "goodput" in {ratio.name for ratio in compare(before, before)}
     assert "goodput" not in {ratio.name for ratio in compare(before, other)}
+    assert comparison_notes(before, before) == ()
+    (note,) = comparison_notes(before, other)
+    assert note.startswith("goodput is not compared: the SLOs were ttft_ms=200 before and none after")
+
+
+def test_what_only_one_result_measured_is_said() -> None:
+    notes = comparison_notes(result_of((1.0,), (1.0,)), result_of((1.0,)))
+    assert notes == ("not compared, because it was measured before only: concurrency 2",)
 
 
 def test_other_workloads_and_other_loads_are_refused() -> None:
@@ -472,6 +480,16 @@ def test_compare_prints_a_table_and_json(tmp_path: Path, bench: Bench) -> None:
     document = json.loads(lines[-1])
     assert document == json.loads((tmp_path / "c.json").read_text())
     assert len(document["ratios"]) == len(HEADLINES)
+    assert document["notes"] == []
+    before = load_result(tmp_path / "a.json")
+    write_result(
+        dataclasses.replace(before, workload=dataclasses.replace(before.workload, slos={})),
+        tmp_path / "a.json",
+    )
+    _, lines = bench("--compare", *files, "--html", str(tmp_path / "c.html"))
+    assert "note: goodput is not compared" in lines[-2]
+    assert len(json.loads(lines[-1])["notes"]) == 1
+    assert "goodput is not compared" in (tmp_path / "c.html").read_text()
     assert (tmp_path / "c.html").is_file()
 
 
@@ -546,7 +564,9 @@ def test_what_draws_the_report_is_missed_before_any_work(
 
 def test_help_says_that_requests_are_streamed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
-    assert "Every request is streamed" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Every request is streamed" in told
+    assert "1: refused, or a measured request failed" in told
 
 
 def test_settings_hold_what_the_flags_say(tmp_path: Path) -> None:

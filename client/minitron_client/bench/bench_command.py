@@ -21,9 +21,11 @@ from minitron_client.bench.lengths import FORMS, parse_lengths
 from minitron_client.bench.load import Extent, LoadPoint, closed_points, open_points
 from minitron_client.bench.refusal import BenchError, BenchUsageError
 from minitron_client.bench.slo import SLO_METRICS, parse_slos
-from minitron_client.bench.trace import TraceRow, read_trace
+from minitron_client.bench.trace import TraceRow, mean_rate, read_trace
 from minitron_client.connection_flags import add_connection_flags, client_options
+from minitron_client.errors import InvalidValueError
 from minitron_client.flag_types import integer
+from minitron_client.output_file import check_output, write_whole
 
 if TYPE_CHECKING:
     from minitron_client.bench.fleet import Fleet
@@ -44,7 +46,11 @@ _MEASURING_FLAGS = tuple(
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minitron bench`."""
-    parser.epilog = "Every request is streamed: without a stream there is no first token to take the time of."
+    parser.epilog = (
+        "Every request is streamed: without a stream there is no first token to take the time of. "
+        "Exit 0: every measured request ended well; 1: refused, or a measured request failed (the result is "
+        "printed and written all the same); 2: bad usage; 130: interrupted."
+    )
     add_connection_flags(parser)
     parser.set_defaults(max_retries=0)  # a retry would hide a failure, and its wait
     _add_load(
@@ -123,7 +129,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, compare or draw; 0 done, 1 nothing could be measured, 130 interrupted."""
+    """Measure, compare or draw.
+
+    Returns:
+        0 done, 1 a measured request failed, 130 interrupted.
+
+    Raises:
+        BenchError: the flags, a file or the server cannot be used.
+    """
     _check_files(args)
     if args.compare and args.draw:
         raise BenchUsageError("--compare and --draw contradict one another; give one of them")
@@ -137,14 +150,20 @@ def _check_files(args: argparse.Namespace) -> None:
     """Before any work: every file can be written, and what draws the report is installed."""
     for name in FILE_FLAGS:
         path: Path | None = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        if path is not None and (not path.parent.is_dir() or path.is_dir()):
-            raise BenchError(f"{flag} {path}: expected a file's name in a folder that exists")
+        if path is not None:
+            _check_file(path, f"--{name.replace('_', '-')}")
     for package in ("jinja2", "matplotlib") if args.html else ():
         if importlib.util.find_spec(package) is None:
             raise BenchError(
                 f"--html needs the package {package}; install it: pip install 'minitron-trtllm[bench]'"
             )
+
+
+def _check_file(path: Path, flag: str) -> None:
+    try:
+        check_output(path, flag)
+    except InvalidValueError as error:
+        raise BenchError(error.message) from None
 
 
 def _check_measures_nothing(args: argparse.Namespace) -> None:
@@ -160,23 +179,27 @@ def _check_measures_nothing(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from minitron_client.bench import comparison
-    from minitron_client.bench.result import load_result, write_text
+    from minitron_client.bench.result import load_result
     from minitron_client.bench.table import comparison_table
 
     before, after = (load_result(path) for path in args.compare)
     ratios = comparison.compare(before, after)
+    notes = comparison.comparison_notes(before, after)
     document = {
         "before": str(args.compare[0]),
         "after": str(args.compare[1]),
         "ratios": comparison.comparison_document(ratios),
+        "notes": list(notes),
     }
     if args.html:
         from minitron_client.bench.report import write_report
 
-        write_report(args.html, [before, after], _names(args.compare), ratios)
+        write_report(args.html, [before, after], _names(args.compare), ratios, notes)
     if args.json:
-        write_text(args.json, json.dumps(document, indent=1) + "\n")
+        write_whole(args.json, json.dumps(document, indent=1) + "\n")
     print(comparison_table(ratios))
+    for note in notes:
+        print(f"note: {note}")
     print(json.dumps(document))
     return EXIT_DONE
 
@@ -201,7 +224,17 @@ def _measure(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     sweep, is_interrupted = asyncio.run(_run_sweep(args, settings))
     result = sweep.result()
-    _write_files(result, sweep.request_rows, args)
+    try:
+        _write_files(result, sweep.request_rows, args)
+    finally:  # a file that fails takes nothing else with it
+        _print_result(result)
+    if is_interrupted:
+        print("minitron: interrupted; what was measured until then is marked partial", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return _check_all_ok(result)
+
+
+def _print_result(result: BenchResult) -> None:
     from minitron_client.bench.table import result_table
 
     document = result.document()
@@ -214,19 +247,21 @@ def _measure(args: argparse.Namespace) -> int:
         for line in lines:
             print(f"{word}: {line}")
     print(json.dumps(document), flush=True)
-    if is_interrupted:
-        print("minitron: interrupted; what was measured until then is marked partial", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return _check_any_ok(result)
 
 
-def _check_any_ok(result: BenchResult) -> int:
-    """A run in which no request succeeded has failed, though its failures are a result."""
+def _check_all_ok(result: BenchResult) -> int:
+    """A run in which a request failed has failed, though its failures are a result."""
     repeats = [repeat for point in result.points for repeat in point.repeats]
-    if any(repeat.num_ok for repeat in repeats):
+    num_requests = sum(repeat.num_requests for repeat in repeats)
+    errors = [error for repeat in repeats for error in repeat.errors.values()]
+    num_failed = sum(error.count for error in errors)
+    if num_requests and not num_failed:
         return EXIT_DONE
-    example = next((error.example for repeat in repeats for error in repeat.errors.values()), "none was sent")
-    print(f"minitron: no request succeeded: {example}", file=sys.stderr)
+    example = max(errors, key=lambda error: error.count).example if errors else "none was sent"
+    said = f"{num_failed} of {num_requests} requests failed"
+    if num_failed == num_requests:
+        said = "no request succeeded"
+    print(f"minitron: {said}: {example}", file=sys.stderr)
     return EXIT_FAILED
 
 
@@ -313,12 +348,11 @@ def _points(args: argparse.Namespace, trace: tuple[TraceRow, ...]) -> tuple[Load
         raise BenchUsageError(
             "no load: give --concurrency 1,8,64 or --request-rate 0.5,2 or a --trace with timestamps"
         )
-    last_s = trace[-1].timestamp_s
-    if last_s is None:
+    if trace[-1].timestamp_s is None:
         raise BenchError(
             f"--trace {args.trace} has no timestamps; give --concurrency or --request-rate with it"
         )
-    return (LoadPoint("trace", round(len(trace) / last_s, 6) if last_s else float(len(trace))),)
+    return (LoadPoint("trace", round(mean_rate(trace), 6)),)
 
 
 def _extent(args: argparse.Namespace, points: tuple[LoadPoint, ...], trace: tuple[TraceRow, ...]) -> Extent:

@@ -70,6 +70,27 @@ def compare(before: BenchResult, after: BenchResult) -> tuple[Ratio, ...]:
     return tuple(found)
 
 
+def comparison_notes(before: BenchResult, after: BenchResult) -> tuple[str, ...]:
+    """What the comparison leaves out."""
+    notes = []
+    if before.workload.slos != after.workload.slos:
+        notes.append(
+            f"goodput is not compared: the SLOs were {_slos(before)} before and {_slos(after)} after; "
+            "measure both with the same --slo"
+        )
+    sides = [(before, after, "before"), (after, before, "after")]
+    for one, other, when in sides:
+        known = {point.point for point in other.points}
+        alone = [point.point.label for point in one.points if point.point not in known]
+        if alone:
+            notes.append(f"not compared, because it was measured {when} only: {', '.join(alone)}")
+    return tuple(notes)
+
+
+def _slos(result: BenchResult) -> str:
+    return ",".join(f"{name}={limit:g}" for name, limit in result.workload.slos.items()) or "none"
+
+
 def comparison_document(ratios: tuple[Ratio, ...]) -> list[dict[str, Any]]:
     """The ratios as JSON values."""
     return [dataclasses.asdict(ratio) for ratio in ratios]

@@ -40,9 +40,11 @@ class PointRun:
         records: every request that was started, in order, warm-up included.
         num_warmup: how many of them are warm-up.
         start_s: when the measured window began: the first measured request was due.
-        end_s: when it ended: the duration was over, or the last measured request was.
+        end_s: when it ended: the duration was over; of a number of requests, the last one was, and of an open
+            loop or a trace not before `next_due_s`: so many requests over as many gaps, not over one less.
         health: the generator's own.
         is_partial: it was broken off.
+        next_due_s: when one more than the number of requests would have been due; None where nobody tells.
     """
 
     records: list[RequestRecord] = field(default_factory=list)
@@ -51,6 +53,7 @@ class PointRun:
     end_s: float = 0.0
     health: GeneratorHealth | None = None
     is_partial: bool = False
+    next_due_s: float | None = None
 
     @property
     def measured(self) -> list[RequestRecord]:
@@ -85,9 +88,7 @@ class Generator:
         self._start_s: float | None = None
         self._is_over = False
         self._tasks: set[asyncio.Task[None]] = set()
-        prepared = PREPARED_ASKS
-        if extent.num_requests is not None:
-            prepared = min(prepared, extent.num_requests + self.run.num_warmup)
+        prepared = min(PREPARED_ASKS, self._num_requests or PREPARED_ASKS)
         self._asks = itertools.chain(_prepared(asks, prepared), asks)
 
     async def drive(self, start_s: float | None = None) -> PointRun:
@@ -147,7 +148,10 @@ class Generator:
                 self._spawn(self._ask(next(self._asks), self._admit(due_s)))
 
         def keep_time() -> None:
-            for due_s in self._due_s or ():
+            for number, due_s in enumerate(self._due_s or ()):
+                if number == self._num_requests:
+                    self.run.next_due_s = start_s + due_s
+                    break
                 if over.wait(max(0.0, start_s + due_s - time.perf_counter())):
                     break
                 loop.call_soon_threadsafe(arrive, start_s + due_s)
@@ -163,6 +167,12 @@ class Generator:
             clock.join()  # at once: it waits on `over` only
 
     # both
+
+    @property
+    def _num_requests(self) -> int | None:
+        """Requests in all, warm-up included; None within a duration."""
+        measured = self._extent.num_requests
+        return None if measured is None else self.run.num_warmup + measured
 
     def _is_complete(self, now_s: float) -> bool:
         """Whether a request that is due now would come after the extent's end."""
@@ -215,7 +225,8 @@ class Generator:
 
     def _close_window(self) -> None:
         run = self.run
-        run.end_s = max([run.start_s, *(record.ended_s or 0.0 for record in run.records)])
+        ended_s = [record.ended_s or 0.0 for record in run.records]
+        run.end_s = max([run.start_s, *ended_s, 0.0 if run.is_partial else run.next_due_s or 0.0])
         if self._extent.duration_s is not None and not run.is_partial:
             time_is_over_s = run.start_s + self._extent.duration_s
             # a trace may end before its time: then nothing is due any more, and nothing to be counted

@@ -26,7 +26,8 @@ class LoadPoint:
 
     Attributes:
         loop: "closed", "open" or "trace".
-        level: requests in flight, or arrivals per second; a trace's mean arrivals per second.
+        level: requests in flight, or arrivals per second; a trace's mean arrivals per second (gaps over the
+            time from its first request to its last), 0 where all arrive at once.
         arrival: a name of ARRIVALS for "open", "" otherwise.
     """
 
@@ -41,6 +42,8 @@ class LoadPoint:
     @property
     def label(self) -> str:
         """Words for a table row."""
+        if self.loop == "trace" and not self.level:
+            return "trace, all at once"
         words = {"closed": "concurrency", "open": "request rate", "trace": "trace, request rate"}
         return f"{words[self.loop]} {self.level:g}"
 

@@ -37,7 +37,9 @@ METRICS: dict[str, Metric] = {
     ),
     "requests_per_s": Metric(
         "requests/s", "requests/s", "higher", False,
-        "requests that ended well in the measured window over its length",
+        "requests that ended well in the measured window over its length. It begins when the first measured "
+        "request is due and ends when --duration-s is over; with --num-requests, or a trace played to its "
+        "end, when the last one has ended, but of an open loop or a trace not before one more would be due",
     ),
     "goodput": Metric(
         "goodput", "requests/s", "higher", False,

@@ -47,7 +47,7 @@ def _headline(told: Progress) -> str:
     rate = "-" if found.output_tokens_per_s is None else number(found.output_tokens_per_s)
     ttft = "-" if found.ttft_s is None else f"{number(shown('ttft_s', found.ttft_s.p50))} ms"
     errors = sum(error.count for error in found.errors.values())
-    return f"{where}: {found.num_ok} requests, {errors} failed, {rate} tokens/s, TTFT p50 {ttft}"
+    return f"{where}: {found.num_requests} requests, {errors} failed, {rate} tokens/s, TTFT p50 {ttft}"
 
 
 async def _redraw(bar: _PlainBar) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minitron_client.bench.comparison import Ratio
 from minitron_client.bench.metrics import DUE, HEADLINES, METRICS, headline_label, shown
-from minitron_client.bench.result import BenchResult, PointResult, write_text
+from minitron_client.bench.result import BenchResult, PointResult
 from minitron_client.bench.table import bounds, failures, number
+from minitron_client.output_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +75,11 @@ CHARTS: tuple[Chart, ...] = (
 
 
 def write_report(
-    path: Path, results: Sequence[BenchResult], names: Sequence[str], ratios: Sequence[Ratio] = ()
+    path: Path,
+    results: Sequence[BenchResult],
+    names: Sequence[str],
+    ratios: Sequence[Ratio] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the report of one result, or of two with their ratios.
 
@@ -83,6 +88,7 @@ def write_report(
         results: what to draw.
         names: a word for each.
         ratios: a comparison of the two.
+        notes: what the comparison leaves out.
     """
     import jinja2
 
@@ -92,11 +98,12 @@ def write_report(
     page = template.render(
         results=[_section(result, name) for result, name in zip(results, names, strict=True)],
         ratios=[_ratio_row(ratio) for ratio in ratios],
+        notes=notes,
         charts=[(chart.title, _chart_uri(chart, results, names)) for chart in _charts_with_data(results)],
         due=[DUE[loop] for loop in loops],
         definitions=[(metric.label, metric.meaning) for metric in METRICS.values()],
     )
-    write_text(path, page)
+    write_whole(path, page)
 
 
 def _section(result: BenchResult, name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import types
 import typing
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from minitron_client.bench.measure import Distribution, Estimate, Measurement
 from minitron_client.bench.metrics import DISTRIBUTION_FIELDS, DUE, HEADLINES, METRICS
 from minitron_client.bench.refusal import BenchError
 from minitron_client.bench.watch import GeneratorHealth
+from minitron_client.output_file import write_whole, writing_whole
 
 SCHEMA = "minitron-bench/1"
 
@@ -122,8 +122,8 @@ def estimates(point: PointResult) -> dict[str, dict[str, Any]]:
 
 
 def write_result(result: BenchResult, path: Path) -> None:
-    """The document, whole or not at all."""
-    _write(path, json.dumps(result.document(), indent=1) + "\n")
+    """The document as one file."""
+    write_whole(path, json.dumps(result.document(), indent=1) + "\n")
 
 
 def load_result(path: Path) -> BenchResult:
@@ -156,7 +156,7 @@ def write_points_csv(result: BenchResult, path: Path) -> None:
         for point in result.points
         for number, repeat in enumerate(point.repeats, 1)
     ]
-    with _replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with writing_whole(path) as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["loop"])
         writer.writeheader()
         writer.writerows(rows)
@@ -164,7 +164,7 @@ def write_points_csv(result: BenchResult, path: Path) -> None:
 
 def write_requests_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A row a request, warm-up included, as `sweep` hands them."""
-    with _replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with writing_whole(path) as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["index"])
         writer.writeheader()
         writer.writerows(rows)
@@ -182,32 +182,6 @@ def _csv_row(point: LoadPoint, number: int, repeat: Measurement) -> dict[str, An
         for part in DISTRIBUTION_FIELDS:
             row[f"{name}_{part}"] = getattr(value, part) if isinstance(value, Distribution) else None
     return row | {f"generator_{name}": value for name, value in dataclasses.asdict(repeat.health).items()}
-
-
-class _replacing:  # reads as a verb, like `open`
-    """A temporary path that becomes the real one where the block ended well."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self._temporary
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    _write(path, text)
 
 
 def _read(kind: Any, value: Any) -> Any:

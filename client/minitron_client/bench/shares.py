@@ -78,11 +78,14 @@ def joined(runs: Sequence[tuple[Share, PointRun]], extent: Extent) -> PointRun:
     begun = [run for _, run in runs if run.measured]
     start_s = min((run.start_s for run in begun), default=0.0)
     end_s = max((run.end_s for run in begun), default=0.0)
+    next_due_s = min((run.next_due_s for run in begun if run.next_due_s is not None), default=None)
     records = sorted((record for _, run in runs for record in run.records), key=lambda one: one.scheduled_s)
     if extent.duration_s is None:
         late = {record.index for _, run in runs for record in run.measured}
         records.sort(key=lambda record: record.index in late)  # stable: by time within each part
         num_warmup = len(records) - len(late)
+        if next_due_s is not None:  # each share's own is later than that of the whole
+            end_s = max([next_due_s, *(record.ended_s or 0.0 for record in records)])
     else:
         end_s = min(end_s, start_s + extent.duration_s)
         num_warmup = sum(record.scheduled_s < start_s for record in records) if begun else len(records)
@@ -93,6 +96,7 @@ def joined(runs: Sequence[tuple[Share, PointRun]], extent: Extent) -> PointRun:
         num_warmup=num_warmup,
         start_s=start_s,
         end_s=end_s,
+        next_due_s=next_due_s,
         health=_health(health) if health else None,
         is_partial=any(run.is_partial for _, run in runs),
     )

@@ -26,7 +26,7 @@ from minitron_client.bench.refusal import BenchError, BenchUsageError
 from minitron_client.bench.result import SCHEMA, BenchResult, PointResult
 from minitron_client.bench.result import Workload as WorkloadRecord
 from minitron_client.bench.slo import Slo
-from minitron_client.bench.trace import TraceRow
+from minitron_client.bench.trace import TraceRow, mean_rate
 from minitron_client.bench.workload import ARRIVAL_STREAM, Ask, DrawnWorkload, TraceWorkload, Workload
 from minitron_client.errors import InvalidValueError, NotFoundError, UnsupportedError
 from minitron_client.sampling import SamplingParams
@@ -153,6 +153,8 @@ class Sweep:
         max_retries = self._client.settings.max_retries
         if max_retries:
             self._notes.append(f"failures were tried again, up to {max_retries} times, before they counted")
+        if self._settings.trace and self._settings.trace[0].timestamp_s is not None:
+            self._note_timestamps()
         workload = await self._workload()
         await self._probe(next(workload.asks((0, 0))))
         total, number = len(self._settings.points) * self._settings.repeats, 0
@@ -160,6 +162,14 @@ class Sweep:
             for place, point in enumerate(self._settings.points):
                 number += 1
                 await self._drive(point, workload, (place, repeat), Progress(point.label, number, total))
+
+    def _note_timestamps(self) -> None:
+        loop = self._settings.points[0].loop
+        if loop != "trace":
+            flag = "--concurrency" if loop == "closed" else "--request-rate"
+            self._notes.append(
+                f"the trace's timestamps are not used: {flag} says when requests come; without it they do"
+            )
 
     def result(self) -> BenchResult:
         """What has been measured so far."""
@@ -289,11 +299,17 @@ def arrivals_of(settings: BenchSettings, point: LoadPoint, run: tuple[int, int])
     if point.loop == "closed":
         return None
     if point.loop == "trace":
-        return iter([row.timestamp_s or 0.0 for row in settings.trace])
+        return iter(_trace_times(settings))
     import numpy as np
 
     rng = np.random.default_rng([settings.seed, ARRIVAL_STREAM, run[1]])
     return arrival_times(point.arrival, point.level, rng)
+
+
+def _trace_times(settings: BenchSettings) -> list[float]:
+    """The trace's timestamps; of a number of requests one more, a mean gap later, which ends the window."""
+    times, rate = [row.timestamp_s or 0.0 for row in settings.trace], mean_rate(settings.trace)
+    return [*times, times[-1] + 1 / rate] if settings.extent.num_requests is not None and rate else times
 
 
 def _request_rows(point: LoadPoint, repeat: int, run: PointRun) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,22 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
         BenchError: the file is missing, empty, or a line is wrong; it names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold what else splitlines() splits at
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"trace {path}: {_reason(error)}; expected JSON lines in UTF-8") from error
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise BenchError(f"trace {path} has no line; expected one JSON object a request")
     return _from_zero(path, rows)
+
+
+def mean_rate(rows: Sequence[TraceRow]) -> float:
+    """Arrivals per second: gaps between timestamps over the time from the first to the last.
+
+    0 where there is none: one request, all at the same time, or no timestamps.
+    """
+    last_s = rows[-1].timestamp_s
+    return (len(rows) - 1) / last_s if last_s else 0.0
 
 
 def _row(path: Path, number: int, line: str) -> TraceRow:
