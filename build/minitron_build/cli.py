@@ -16,6 +16,8 @@ from typing import NamedTuple
 from minitron_build import __version__
 
 PURPOSE = "Build, package, serve and call Llama-3.1-Minitron with TensorRT-LLM on Triton."
+GRPC_LOG_VARIABLE = "GRPC_VERBOSITY"
+"""Read by grpc when it is imported, which no verb's module does before it runs."""
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     except KeyboardInterrupt:
         return _interrupted()
+    if VERBS[args.verb].module.startswith("minitron_client."):
+        # An error is one line of ours. Not for `serve`: what it starts has a log of its own.
+        os.environ.setdefault(GRPC_LOG_VARIABLE, "NONE")
     return _run_verb(args)
 
 
@@ -92,7 +97,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             module = importlib.import_module(verb.module)
             module.configure_parser(sub)
             sub.set_defaults(run=module.run)
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _owner_of(unknown, argv, parser, verbs.choices[args.verb]).error(
+            f"unrecognized arguments: {' '.join(unknown)}"
+        )
+    return args
+
+
+def _owner_of(
+    unknown: list[str],
+    argv: list[str],
+    parser: argparse.ArgumentParser,
+    sub: argparse.ArgumentParser,
+) -> argparse.ArgumentParser:
+    """Whose usage helps: the verb's, unless what is unknown stands before the verb."""
+    before = argv[: argv.index(sub.prog.rpartition(" ")[2])]
+    return parser if any(word in before for word in unknown) else sub
 
 
 def _run_verb(args: argparse.Namespace) -> int:

@@ -9,12 +9,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, TypeVar, cast
 
 from minitron_client.errors import InvalidValueError
+
+T, G = TypeVar("T"), TypeVar("G")
 
 _log = logging.getLogger("minitron_client")
 
@@ -47,6 +49,12 @@ _HEADER_VALUE = re.compile(r"^[\x20-\x7e]*$")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
+class VariableError(InvalidValueError):
+    """A variable of the environment that no file or server can make right: to a command it is bad usage."""
+
+    is_bad_usage: ClassVar[bool] = True
+
+
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
     """TLS to the server; without files the system's certificate authorities are trusted.
@@ -58,7 +66,8 @@ class TlsConfig:
         server_name: name that the server's certificate is for, where it is not the address's.
 
     Raises:
-        InvalidValueError: a file cannot be read, or one of certificate and key is missing.
+        InvalidValueError: a file cannot be read or is not what it should be, the key is another
+            certificate's, or one of the two is missing.
     """
 
     ca_file: str | os.PathLike[str] | None = None
@@ -71,6 +80,18 @@ class TlsConfig:
             raise InvalidValueError("mutual TLS needs cert_file and key_file; give both or neither")
         for name in ("ca_file", "cert_file", "key_file"):
             self.read(name)
+        self._check_contents()
+
+    def _check_contents(self) -> None:
+        if self.ca_file is None and self.cert_file is None:
+            return
+        from minitron_client.pem_files import check_certificates, check_pair  # ssl takes its time
+
+        for name, path in (("ca_file", self.ca_file), ("cert_file", self.cert_file)):
+            if path is not None:
+                check_certificates(name, path)
+        if self.cert_file is not None and self.key_file is not None:
+            check_pair(self.cert_file, self.key_file)
 
     def read(self, name: str) -> bytes | None:
         """Contents of one of the files, None where it is not given."""
@@ -87,6 +108,9 @@ class TlsConfig:
         """The TLS that the variables ask for; None where they ask for none."""
         given = {name: os.environ.get(variable) for name, variable in TLS_VARIABLES.items()}
         given = {name: value for name, value in given.items() if value}
+        if ("cert_file" in given) != ("key_file" in given):
+            pair = (TLS_VARIABLES[name] for name in ("cert_file", "key_file"))
+            raise VariableError(f"mutual TLS needs {' and '.join(pair)}; set both or neither")
         return cls(**given) if given or _flag(TLS_VARIABLE) else None
 
 
@@ -138,8 +162,7 @@ class ClientSettings:
         **given: object,
     ) -> ClientSettings:
         """Arguments where they are given, the environment where they are not, then the defaults."""
-        key = api_key if api_key is not None else os.environ.get(API_KEY_VARIABLE)
-        own: dict[str, str] = {API_KEY_HEADER: key} if key else {}
+        own = {API_KEY_HEADER: api_key} if api_key else {} if api_key is not None else _key_header()
         return cls(
             urls=_urls(url),
             tls=tls if tls is not None else TlsConfig.from_environment(),
@@ -207,7 +230,9 @@ def checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _urls(url: str | Sequence[str] | None) -> tuple[str, ...]:
-    given = url if url is not None else os.environ.get(URL_VARIABLE) or DEFAULT_URL
+    if url is None:
+        return _of_variable(URL_VARIABLE, _urls, os.environ.get(URL_VARIABLE) or DEFAULT_URL)
+    given = url
     if isinstance(cast("object", given), (bytes, bytearray)) or not isinstance(given, Iterable):
         raise InvalidValueError(f"url must be HOST:PORT or a list of them, got {given!r}")
     urls = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
@@ -216,8 +241,22 @@ def _urls(url: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(check_url(one) for one in urls))
 
 
+def _key_header() -> dict[str, str]:
+    """The key of the environment as a header; none where there is no key."""
+    key = os.environ.get(API_KEY_VARIABLE)
+    return _of_variable(API_KEY_VARIABLE, checked_headers, {API_KEY_HEADER: key}) if key else {}
+
+
+def _of_variable(variable: str, check: Callable[[G], T], value: G) -> T:
+    """What `check` makes of a variable's value; its refusal names the variable."""
+    try:
+        return check(value)
+    except InvalidValueError as error:
+        raise VariableError(f"{variable}: {error.message}") from None
+
+
 def _flag(variable: str) -> bool:
     value = os.environ.get(variable, "").strip().lower()
     if value not in (*_TRUE, *_FALSE):
-        raise InvalidValueError(f"{variable} is {value!r}; expected 1 or 0")
+        raise VariableError(f"{variable} is {value!r}; expected 1 or 0")
     return value in _TRUE

@@ -49,6 +49,25 @@ def test_bad_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "prog"),
+    [
+        ("health --nonsense", "minitron health"),
+        ("generate hi --nonsense 3", "minitron generate"),
+        ("build --output-dir x --nonsense=3", "minitron build"),
+        ("health nonsense", "minitron health"),
+        ("--nonsense health", "minitron"),
+    ],
+)
+def test_an_unknown_option_shows_the_usage_that_helps(
+    words: str, prog: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: {prog} [-h]")
+    assert f"\n{prog}: error: unrecognized arguments: " in err
+
+
 def test_refusal_is_1_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["build", "--arch", "cpu", "--checkpoint", str(tmp_path), "--output-dir", str(tmp_path / "b")])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from fake_triton import AwaitedClient
+from minitron_build.cli import main
 from minitron_client import AsyncMinitronClient, InvalidValueError, MinitronClient, TlsConfig
 from minitron_client.connection_flags import add_connection_flags, client_options
 from minitron_client.settings import API_KEY_HEADER, ClientSettings
@@ -25,7 +28,7 @@ def test_the_environment_is_taken_where_an_argument_is_missing(
     make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ca = tmp_path / "ca.pem"
-    ca.write_text("pem")
+    trustme.CA().cert_pem.write_to_path(ca)
     monkeypatch.setenv("MINITRON_URL", "one:1, two:2")
     monkeypatch.setenv("MINITRON_API_KEY", "secret")
     monkeypatch.setenv("MINITRON_TLS_CA_FILE", str(ca))
@@ -82,10 +85,38 @@ def test_what_cannot_be_used_is_refused(make: Any, arguments: dict[str, Any], wo
         make(**arguments)
 
 
-def test_an_unclear_switch_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINITRON_TLS", "maybe")
-    with pytest.raises(InvalidValueError, match="MINITRON_TLS is 'maybe'; expected 1 or 0"):
+WRONG_VARIABLES = [
+    ("MINITRON_TLS", "maybe", "MINITRON_TLS is 'maybe'; expected 1 or 0"),
+    ("MINITRON_LOG_PROMPTS", "x", "MINITRON_LOG_PROMPTS is 'x'; expected 1 or 0"),
+    ("MINITRON_URL", "http://x:1", "MINITRON_URL: url 'http://x:1' is not HOST:PORT; give the gRPC address"),
+    ("MINITRON_API_KEY", "ü", "MINITRON_API_KEY: the value of header .* must be printable ASCII"),
+    ("MINITRON_TLS_CERT_FILE", "x", "needs MINITRON_TLS_CERT_FILE and MINITRON_TLS_KEY_FILE; set both"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "words"), WRONG_VARIABLES)
+def test_a_wrong_variable_is_refused_by_its_name_and_bad_usage_of_a_command(
+    make: Any, variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidValueError, match=words):
         make()
+    for verb in ("health", "models", "generate hi"):
+        assert main(verb.split()) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert re.search(words, err)
+
+
+def test_a_variable_is_not_looked_at_where_the_argument_is_given(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value, _ in WRONG_VARIABLES:
+        if variable != "MINITRON_LOG_PROMPTS":  # has no argument
+            monkeypatch.setenv(variable, value)
+    assert make("a:1", api_key="k", tls=TlsConfig()).settings.headers == {API_KEY_HEADER: "k"}
+    assert make("a:1", api_key="", tls=TlsConfig()).settings.headers == {}
 
 
 def test_tls_files_are_looked_at_before_anything_is_sent(tmp_path: Path) -> None:
@@ -152,7 +183,7 @@ def options(*words: str) -> dict[str, Any]:
 def test_flags_become_arguments(tmp_path: Path) -> None:
     key, pem = tmp_path / "key", tmp_path / "x.pem"
     key.write_text("secret\n")
-    pem.write_text("pem")
+    trustme.CA().issue_cert("caller").private_key_and_cert_chain_pem.write_to_path(pem)
     made = options(
         "--url", "a:1,b:2", "--api-key-file", str(key), "--tls-ca", str(pem), "--tls-cert", str(pem),
         "--tls-key", str(pem), "--tls-server-name", "triton", "--header", "x-route: blue",

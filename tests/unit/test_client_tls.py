@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import os
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +17,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 
 from fake_triton import AwaitedClient, FakeTriton, serving_fake
 from minitron_build.cli import main
@@ -182,13 +187,75 @@ def test_a_port_where_nobody_listens_is_no_matter_of_tls(make: Any) -> None:
     assert type(caught.value) is ServerConnectionError
 
 
-def test_a_file_that_is_no_pem_is_refused_in_one_line(
-    pem: dict[str, Path], tmp_path: Path, make: Any
+@pytest.fixture
+def wrong(pem: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """Files that can be read and are not what TLS needs, by what is wrong with them."""
+    lines = pem["ca"].read_text().splitlines(keepends=True)
+    key = serialization.load_pem_private_key(pem["caller_key"].read_bytes(), None)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    contents = {
+        "text": b"no pem",
+        "empty": b"",
+        "der": ssl.PEM_cert_to_DER_cert(pem["ca"].read_text()),
+        "cut": "".join((*lines[:4], lines[-1])).encode(),
+        "locked": key.private_bytes(*form, serialization.BestAvailableEncryption(b"secret")),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return {name: tmp_path / name for name in contents}
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "der", "cut"])
+@pytest.mark.parametrize("field", ["ca_file", "cert_file"])
+def test_a_file_without_a_certificate_is_refused_by_its_name(
+    pem: dict[str, Path], wrong: dict[str, Path], field: str, kind: str
 ) -> None:
-    wrong = tmp_path / "wrong.pem"
-    wrong.write_text("no pem")
-    with (
-        make("127.0.0.1:1", tls=TlsConfig(ca_file=wrong), max_retries=0, connect_timeout_s=2) as client,
-        pytest.raises((ServerConnectionError, InvalidValueError)),
-    ):
-        client.generate("hi")
+    own = {"key_file": pem["caller_key"]} if field == "cert_file" else {}
+    with pytest.raises(InvalidValueError, match=f"{field} {wrong[kind]} holds no certificate in PEM .*BEGIN"):
+        TlsConfig(**{field: wrong[kind], **own})
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("text", "holds no private key in PEM .*; expected -----BEGIN PRIVATE KEY-----"),
+        ("empty", "holds no private key in PEM"),
+        ("locked", "needs a password; give a private key in PEM without one"),
+        ("server_key", "is not the key of cert_file .*caller_cert; give the two"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_refused(
+    pem: dict[str, Path], wrong: dict[str, Path], kind: str, words: str
+) -> None:
+    path = (pem | wrong)[kind]
+    with pytest.raises(InvalidValueError, match=f"key_file {path} {words}"):
+        TlsConfig(cert_file=pem["caller_cert"], key_file=path)
+
+
+RUN = "import sys; from minitron_build.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("fault", ["no pem", "authority", "name"])
+@pytest.mark.parametrize("verb", ["models", "generate hi --max-retries 0"])
+def test_a_command_says_one_line_and_grpc_none(
+    fake: FakeTriton, pem: dict[str, Path], wrong: dict[str, Path], verb: str, fault: str
+) -> None:
+    ca = {"no pem": wrong["text"], "authority": pem["stranger"], "name": pem["ca"]}[fault]
+    words = [*verb.split(), "--url", fake.url, "--tls-ca", str(ca), "--connect-timeout-s", "5"]
+    answer = run_command(words)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert answer.stderr.startswith("minitron: ")
+    assert answer.stderr.count("\n") == 1, answer.stderr
+
+
+def test_who_asks_for_grpc_s_own_lines_has_them(fake: FakeTriton, pem: dict[str, Path]) -> None:
+    words = ["models", "--url", fake.url, "--tls-ca", str(pem["stranger"]), "--connect-timeout-s", "5"]
+    answer = run_command(words, GRPC_VERBOSITY="INFO")
+    assert "ssl_transport_security" in answer.stderr
+
+
+def run_command(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, whose grpc reads its variables for itself."""
+    others = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-c", RUN, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=others | variables, check=False)

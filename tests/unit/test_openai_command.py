@@ -42,7 +42,6 @@ def test_the_flags_defaults_are_the_doors() -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--host", "0.0.0.0"], "lets other machines in and there is no API key"),
         (["--tls-cert", "x.pem", "--tls-key", "x.pem"], "x.pem: No such file"),
         (["--api-key-file", "none"], "none: No such file"),
         (["--tokenizer-dir", "nowhere"], "nowhere has no tokenizer.json"),
@@ -54,6 +53,26 @@ def test_refusals_are_one_line(flags: list[str], says: str, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert says in err
+
+
+def test_what_the_command_line_or_a_variable_lacks_is_bad_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["openai", "--url", NOBODY, "--port", "0", "--host", "0.0.0.0"]) == 2
+    assert "lets other machines in and there is no API key" in one_line(capsys)
+    monkeypatch.setenv(KEYS_VARIABLE, "short")
+    assert main(["openai", "--url", NOBODY, "--port", "0"]) == 2
+    assert f"API key 1 of {KEYS_VARIABLE} is not 16 or more ASCII characters" in one_line(capsys)
+    monkeypatch.delenv(KEYS_VARIABLE)
+    monkeypatch.setenv("MINITRON_URL", "http://x:1")
+    assert main(["openai", "--port", "0"]) == 2
+    assert "MINITRON_URL: url 'http://x:1' is not HOST:PORT" in one_line(capsys)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return str(err)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

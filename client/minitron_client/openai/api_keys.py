@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minitron_client.errors import InvalidValueError
 from minitron_client.openai.api_errors import ApiError
+from minitron_client.settings import VariableError
 
 KEYS_VARIABLE = "MINITRON_OPENAI_API_KEY"
 MIN_KEY_CHARACTERS = 16
@@ -50,7 +51,8 @@ def read_api_keys(path: Path | None) -> ApiKeys:
     """Keys of a file (one a line, `#` begins a comment), else of MINITRON_OPENAI_API_KEY (commas between).
 
     Raises:
-        InvalidValueError: the file holds no key, or a key is short or has spaces in it.
+        InvalidValueError: the file holds no key, or a key is short or has spaces in it (a `VariableError`
+            where it is the variable's).
         OSError: the file cannot be read.
     """
     if path is None:
@@ -63,7 +65,7 @@ def read_api_keys(path: Path | None) -> ApiKeys:
         raise InvalidValueError(f"{source} holds no API key; expected one a line")
     for place, key in enumerate(kept, start=1):
         if len(key) < MIN_KEY_CHARACTERS or not key.isascii() or len(key.split()) != 1:
-            raise InvalidValueError(
+            raise (VariableError if path is None else InvalidValueError)(
                 f"API key {place} of {source} is not {MIN_KEY_CHARACTERS} or more ASCII characters without "
                 "spaces; make one with: openssl rand -hex 32"
             )

@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitron_client.errors import InvalidValueError
-from minitron_client.flag_types import checked, integer, seconds
+from minitron_client.flag_types import UsageError, checked, integer, seconds
 from minitron_client.settings import check_urls
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def _settings(args: argparse.Namespace) -> DoorSettings:
 
     keys = read_api_keys(args.api_key_file)
     if not keys and args.host not in LOOPBACK and not args.allow_anonymous:
-        raise InvalidValueError(
+        raise UsageError(
             f"--host {args.host} lets other machines in and there is no API key; give --api-key-file, set "
             f"{KEYS_VARIABLE}, or say --allow-anonymous"
         )
