@@ -16,9 +16,9 @@ from typing import NamedTuple
 from minitron_build import __version__
 
 PURPOSE = "Build, package, serve and call Llama-3.1-Minitron with TensorRT-LLM on Triton."
+EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 GRPC_LOG_VARIABLE = "GRPC_VERBOSITY"
 """Read by grpc when it is imported, which no verb's module does before it runs."""
-EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class Verb(NamedTuple):

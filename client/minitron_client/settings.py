@@ -16,7 +16,8 @@ from typing import ClassVar, TypeVar, cast
 
 from minitron_client.errors import InvalidValueError
 
-T, G = TypeVar("T"), TypeVar("G")
+T = TypeVar("T")
+G = TypeVar("G")
 
 _log = logging.getLogger("minitron_client")
 
