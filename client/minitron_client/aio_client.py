@@ -213,9 +213,9 @@ class AsyncMinitronClient:
         limit_s = checked_seconds(
             "timeout_s", self.settings.connect_timeout_s if timeout_s is None else timeout_s
         )
-        return merge_health(
-            await asyncio.gather(*(self._health_of(url, limit_s) for url in self.settings.urls))
-        )
+        urls = self.settings.urls
+        states = await asyncio.gather(*(self._health_of(url, limit_s) for url in urls))
+        return merge_health(dict(zip(urls, states, strict=True)))
 
     async def wait_until_ready(self, timeout_s: float) -> Health:
         """Wait until a server and this client's model are ready; see `MinitronClient.wait_until_ready`."""
@@ -259,7 +259,7 @@ class AsyncMinitronClient:
             ready = live and await connection.ask("ServerReady", limit_s, headers)
             return Health(live, ready, await self._models_of(connection, limit_s, headers))
         except (ServerConnectionError, UnavailableError) as error:
-            return Health(live=False, ready=False, reason=error.message)
+            return Health(live=False, ready=False, reason=error.message, advice=error.advice)
 
     async def _models_of(
         self, connection: AioConnection, limit_s: float, headers: Headers

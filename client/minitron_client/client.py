@@ -275,12 +275,13 @@ class MinitronClient:
     def health(self, *, timeout_s: float | None = None) -> Health:
         """State of the server and of each model in its repository; of several servers, what any can do.
 
-        A server that is not there is a state (`live` False, with the reason), not an error.
+        A server that is not there is a state (`live` False, with the reason), not an error; the state of
+        each is in `servers`.
         """
         limit_s = checked_seconds(
             "timeout_s", self.settings.connect_timeout_s if timeout_s is None else timeout_s
         )
-        return merge_health([self._health_of(url, limit_s) for url in self.settings.urls])
+        return merge_health({url: self._health_of(url, limit_s) for url in self.settings.urls})
 
     def wait_until_ready(self, timeout_s: float) -> Health:
         """Wait until a server and this client's model are ready.
@@ -342,7 +343,7 @@ class MinitronClient:
             ready = live and connection.ask("ServerReady", limit_s, headers)
             return Health(live, ready, self._models_of(connection, limit_s, headers))
         except (ServerConnectionError, UnavailableError) as error:
-            return Health(live=False, ready=False, reason=error.message)
+            return Health(live=False, ready=False, reason=error.message, advice=error.advice)
 
     def _models_of(self, connection: Connection, limit_s: float, headers: Headers) -> dict[str, bool]:
         try:

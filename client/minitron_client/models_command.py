@@ -16,8 +16,9 @@ from minitron_client.errors import (
     MinitronClientError,
     ServerConnectionError,
     UnsupportedError,
-    error_from_status,
 )
+from minitron_client.readiness import servers_of
+from minitron_client.results import Health
 from minitron_client.tensors import ModelMetadata, TensorSpec
 from minitron_client.vocabulary import vocabulary_of
 
@@ -34,15 +35,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ServerConnectionError: no server at the address.
     """
-    with MinitronClient(**client_options(args)) as client:
-        health = client.health()
-        if not health.live:
-            error = error_from_status("UNAVAILABLE", health.reason)
-            raise ServerConnectionError(
-                f"no live server at {client.url}: {health.reason}", advice=error.default_advice
-            )
-        rows = [_row(client, name, ready) for name, ready in sorted(health.models.items())]
-        url = client.url
+    options = client_options(args)
+    with MinitronClient(**options) as client:
+        health, url = client.health(), client.url
+    if not health.live:
+        raise ServerConnectionError(f"no live server at {url}: {health.reason}", advice=health.advice)
+    rows = [_row(options, name, health) for name in sorted(health.models)]
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         print(f"{row['name']:<{width}}  {_told(row)}")
@@ -52,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(client: MinitronClient, name: str, ready: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "ready": ready}
-    if not ready:
+def _row(options: dict[str, Any], name: str, health: Health) -> dict[str, Any]:
+    servers = servers_of(health, name)
+    row: dict[str, Any] = {"name": name, "ready": bool(servers)}
+    if not servers:
         return row
     try:
-        metadata = client.metadata(name)
+        with MinitronClient(**{**options, "url": servers[0]}) as client:
+            metadata = client.metadata(name)
     except MinitronClientError as error:  # it went meanwhile
         print(f"minitron: {name}: {error}", file=sys.stderr)
         return {**row, "ready": False}

@@ -81,16 +81,20 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """State of a server.
+    """State of a server, or of several that stand in for each other: what any of them can do.
 
     Attributes:
         live: the process answers.
         ready: every model it was asked to load is loaded.
         models: model name -> ready.
         reason: why it is not live, "" otherwise.
+        advice: what to do where it is not live, "" otherwise.
+        servers: address -> state of that server alone; empty in the state of one alone.
     """
 
     live: bool
     ready: bool
     models: Mapping[str, bool] = field(default_factory=dict)
     reason: str = ""
+    advice: str = ""
+    servers: Mapping[str, Health] = field(default_factory=dict)

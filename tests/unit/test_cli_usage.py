@@ -90,7 +90,10 @@ BAD_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
         "--output-tokens": ("normal:1", "x"), "--sampling": ("top_p", "top_p=x", "top_p=2", "wrong=3"),
         "--seed": ("-1", "x"), "--slo": ("ttft=3", "ttft_ms=0", "ttft_ms=1,ttft_ms=2"),
     },
-    "health": {**CONNECTION, "--wait-s": ("0", "nan", "x"), "--interval-s": ("0", "nan", "x")},
+    "health": {
+        **CONNECTION, "--wait-s": ("0", "nan", "x"), "--interval-s": ("0", "nan", "x"),
+        "--metrics-url": ("", "foo", "localhost:8002", "ftp://a/metrics", "http://", "http://a:x/metrics"),
+    },
     "models": CONNECTION,
     "openai": {
         "--url": CONNECTION["--url"], "--port": ("-1", "70000", "x"), "--timeout-s": ("0", "nan", "x"),
@@ -116,7 +119,6 @@ ANY_TEXT: dict[str, set[str]] = {
     },
     "bench": {"--trace", "--tokenizer", "--json", "--csv", "--requests-csv", "--html", "--compare", "--draw"},
     "generate": {"--prompt-file", "--batch", "--output"},
-    "health": {"--metrics-url"},
     "openai": {
         "--model", "--served-model-name", "--host", "--api-key-file", "--tls-cert", "--tls-key",
         "--tokenizer-dir",

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from fake_triton import FakeTriton, failure, reply, serving_fake, until_cancelled
+from minitron_build.cli import main
 from minitron_client import (
     InvalidValueError,
     MinitronClient,
@@ -346,3 +348,113 @@ def test_health_waits_where_asked_to(fake: FakeTriton, capsys: pytest.CaptureFix
     assert run(health_command, "--wait-s", "10", "--metrics-url", "none") == 0
     timer.join()
     assert "ready" in capsys.readouterr().out
+
+
+NOBODY = "127.0.0.1:1"
+
+
+def health_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], Any]:
+    """Exit code, the lines before the last, and the document on the last."""
+    code = run(health_command, "--metrics-url", "none", *words)
+    *table, last = capsys.readouterr().out.splitlines()
+    return code, table, json.loads(last)
+
+
+@pytest.mark.parametrize("wait", [(), ("--wait-s", "0.2")])
+def test_the_model_asked_for_decides_whether_it_is_ready(
+    fake: FakeTriton, wait: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.models = {"tensorrt_llm_bls": "READY", "ensemble": "UNAVAILABLE"}
+    for model, code, said in (
+        ("tensorrt_llm_bls", 0, ""),
+        ("ensemble", 1, "models not ready: ensemble"),
+        ("nope", 1, "no model nope; it has ensemble, tensorrt_llm_bls"),
+    ):
+        got, table, document = health_of(capsys, "--model", model, *wait)
+        assert got == code
+        assert (document["ready"], document["live"], document["model"]) == (code == 0, True, model)
+        assert said in document["reason"]
+        assert bool(document["reason"]) is (code == 1)
+        assert ("  ready" in table[0]) is (code == 0)
+        assert said in table[0]
+
+
+def test_a_wait_in_vain_has_its_document_and_nothing_else(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.is_ready = False
+    for url, live in ((fake.url, True), (NOBODY, False)):
+        code, table, document = health_of(capsys, "--json", "--wait-s", "0.2", "--url", url)
+        assert (code, table) == (1, [])
+        assert (document["live"], document["ready"]) == (live, False)
+        assert f"{url} is not ready after 0.2 s" in document["reason"]
+
+
+def test_each_of_several_servers_is_told_and_versions_are_those_of_one_that_lives(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving_fake() as other:
+        other.models = {"only_there": "READY"}
+        url = f"{NOBODY},{fake.url},{other.url}"
+        for _ in range(3):  # whosever turn it is
+            code, table, document = health_of(capsys, "--url", url)
+            assert (code, document["ready"], document["reason"], document["advice"]) == (0, True, "", "")
+            assert document["versions"] == {name: ["1"] for name in (*fake.models, "only_there")}
+            states = document["servers"]
+            assert [(one, states[one]["live"]) for one in states] == [
+                (NOBODY, False),
+                (fake.url, True),
+                (other.url, True),
+            ]
+            assert "Connection refused" in states[NOBODY]["reason"]
+            assert table[0] == f"{url}  ready"
+            assert table[1].startswith(f"  {NOBODY}  not live: no connection to {NOBODY}")
+            assert table[2:4] == [f"  {fake.url}  ready", f"  {other.url}  ready"]
+        assert run(models_command, "--url", url) == 0
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
+        assert {row["name"]: row["ready"] for row in rows} == dict.fromkeys(
+            (*fake.models, "only_there"), True
+        )
+
+
+def test_the_load_is_asked_of_a_server_that_lives(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def no_load(url: str, **times: float) -> Any:
+        asked.append(url)
+        raise ServerConnectionError("none here")
+
+    monkeypatch.setattr(health_command, "read_load", no_load)
+    assert run(health_command, "--json", "--url", f"192.0.2.1:1,{fake.url}", "--timeout-s", "0.3") == 0
+    assert asked == ["http://127.0.0.1:8002/metrics"]
+    assert json.loads(capsys.readouterr().out)["load_reason"] == "none here"
+
+
+@pytest.mark.parametrize("value", ["foo", "ftp://a/metrics"])
+def test_a_wrong_metrics_url_in_the_environment_is_bad_usage(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINITRON_METRICS_URL", value)
+    assert main(["health", "--url", NOBODY]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"MINITRON_METRICS_URL: '{value}' is not a URL of HTTP" in err
+
+
+def test_a_server_that_keeps_its_health_to_itself_is_not_ready(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: Any, context: Any) -> Any:
+        context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            "This protocol is restricted, expecting header 'triton-grpc-protocol-minitron-key'",
+        )
+
+    monkeypatch.setattr(FakeTriton, "ServerLive", refuse)
+    with serving_fake() as closed:
+        code, table, document = health_of(capsys, "--url", closed.url)
+    assert (code, document["ready"]) == (1, False)
+    assert "This protocol is restricted" in document["reason"]
+    assert "give api_key (MINITRON_API_KEY)" in table[1]

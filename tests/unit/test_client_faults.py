@@ -215,7 +215,10 @@ def test_servers_share_the_requests_and_one_that_is_gone_is_left_out(make: Any) 
             health = client.health()
             assert health.live
             assert health.ready
-            assert f"no connection to {gone}" in health.reason
+            assert (health.reason, health.advice) == ("", "")
+            assert [state.live for state in health.servers.values()] == [True, False, True]
+            assert f"no connection to {gone}" in health.servers[gone].reason
+            assert health.servers[gone].advice.startswith("check the address")
             assert client.url == f"{one.url},{gone},{two.url}"
 
 
