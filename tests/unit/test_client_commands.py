@@ -446,7 +446,7 @@ def test_a_wrong_metrics_url_in_the_environment_is_bad_usage(
 def test_a_server_that_keeps_its_health_to_itself_is_not_ready(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(request: Any, context: Any) -> Any:
+    def refuse(fake: FakeTriton, request: Any, context: Any) -> Any:
         context.abort(
             grpc.StatusCode.UNAVAILABLE,
             "This protocol is restricted, expecting header 'triton-grpc-protocol-minitron-key'",
