@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TextIO, cast
 
 from minitron_build import __version__
 
@@ -72,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 refused or failed (one line on stderr), 2 bad usage, 130 interrupted.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if not _check_streams():
+        return EXIT_REFUSED
+    return _flushed(_run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: list[str]) -> int:
     try:
         args = _parse(argv)
     except SystemExit as stop:  # argparse has already printed
@@ -122,13 +127,52 @@ def _run_verb(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return EXIT_REFUSED
     except Exception as error:
         if args.debug:
             raise
         print(f"minitron: {_one_line(error)}", file=sys.stderr)
         return EXIT_USAGE if getattr(error, "is_bad_usage", False) else EXIT_REFUSED
+
+
+def _check_streams() -> bool:
+    """A closed stdout is refused: the result would be lost, or go into the next file that is opened.
+
+    Closed stdin and stderr are made empty: None in their place breaks whoever uses them, and `print` takes it
+    for stdout.
+    """
+    if cast("TextIO | None", sys.stdin) is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  # for as long as we run
+    is_open = cast("TextIO | None", sys.stdout) is not None
+    if cast("TextIO | None", sys.stderr) is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if not is_open:
+        print(
+            "minitron: stdout is closed, and the result would be lost; open it, or give >/dev/null",
+            file=sys.stderr,
+        )
+    return is_open
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once all that was printed has arrived."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not code and not isinstance(error, BrokenPipeError):
+            print(
+                f"minitron: stdout: {error.strerror}; the result is not whole: check the space behind it",
+                file=sys.stderr,
+            )
+        _discard_stdout()
+        return code or EXIT_REFUSED
+    return code
+
+
+def _discard_stdout() -> None:
+    """What is left to print goes nowhere, or Python would fail on it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted() -> int:

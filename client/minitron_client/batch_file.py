@@ -1,7 +1,8 @@
 """A file of prompts to a file of completions, which the same command takes up again where it ended.
 
-It knows both files' lines. What is done is kept in `OUTPUT.partial` line by line, whatever ends the run;
-`OUTPUT` itself appears whole, in the order of the prompts. How a prompt is answered it does not know.
+It knows the prompts' lines and the order of a run. What is done is kept in `OUTPUT.partial` line by line,
+whatever ends the run; `OUTPUT` itself appears whole, in the order of the prompts. Whose an answer is that was
+there before is `batch_answers.py`'s business, how a prompt is answered the client's.
 """
 
 from __future__ import annotations
@@ -10,40 +11,23 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from minitron_client.aio_client import AsyncMinitronClient
 from minitron_client.batch import BatchProgress, Prompt
-from minitron_client.errors import InvalidValueError, MinitronClientError
+from minitron_client.batch_answers import Answer, BatchLine, drop_cut_line, find_answers, locked
+from minitron_client.errors import InvalidValueError, MinitronClientError, StreamBrokenError
+from minitron_client.output_file import check_output, is_regular, target_of, writing_whole
 from minitron_client.results import Completion
 from minitron_client.sampling import SamplingParams
 
+STDIN = Path("-")
 _PROGRESS_INTERVAL_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLine:
-    """One line of the prompts' file.
-
-    Attributes:
-        index: its place, from 0.
-        prompt: text or token ids.
-        sampling: its options over the command's.
-        item_id: the id it brings, or None.
-        key: digest of all of it and of the model: the same key, the same question.
-    """
-
-    index: int
-    prompt: str | tuple[int, ...]
-    sampling: SamplingParams
-    item_id: str | int | None
-    key: str
 
 
 def complete_file(
@@ -52,62 +36,83 @@ def complete_file(
     """Ask for every prompt that `output` and its partial file do not answer yet.
 
     Args:
-        source: JSON lines: a string, or an object with `prompt` and any fields of `SamplingParams`.
-        output: JSON lines to write.
+        source: JSON lines: a string, or an object with `prompt` and any fields of `SamplingParams`; `STDIN`
+            reads them there.
+        output: JSON lines to write; a link is followed.
         sampling: options of the prompts that do not say otherwise.
         options: arguments of the client.
         concurrency: requests at once.
 
     Returns:
-        Counts: total, asked, resumed, failed; and the seconds it took.
+        Counts: total, asked, resumed, failed, removed (completions whose line has gone, moved to
+        `OUTPUT.removed`); and the seconds it took.
 
     Raises:
-        InvalidValueError: a line cannot be read; nothing was asked.
+        InvalidValueError: a line cannot be read, `output` cannot be written or read again, another run has
+            it, or it holds completions that this run would lose. Nothing was asked.
     """
     began_s = time.monotonic()
+    target = target_of(output)
+    partial, removed = (target.with_name(f"{target.name}.{end}") for end in ("partial", "removed"))
+    for path in (output, partial, removed):
+        _check_file(path)
     lines = read_lines(source, sampling, str(options.get("model")))
-    partial = output.with_name(f"{output.name}.partial")
-    answers = {**_read_answers(output), **_read_answers(partial)}
-    open_lines = [line for line in lines if line.key not in answers]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    failed: dict[str, dict[str, Any]] = {}
-    _drop_cut_line(partial)
-    with partial.open("a", encoding="utf-8") as log:
-        asyncio.run(_ask(open_lines, _Recorder(open_lines, log, answers, failed), options, concurrency))
-    _write_whole(output, [answers.get(line.key) or failed[line.key] for line in lines])
-    partial.unlink()
+    with locked(partial, output) as log:
+        found = find_answers([target, partial], lines, partial)
+        drop_cut_line(partial)
+        open_lines = [line for line in lines if line.key not in found.answers]
+        recorder = _Recorder(open_lines, log, found.answers)
+        asyncio.run(_ask(open_lines, recorder, options, concurrency))
+        _keep_removed(removed, list(found.removed.values()))
+        with writing_whole(output) as file:
+            answers = {**recorder.failed, **found.answers}
+            file.writelines(_json_line(_head(line) | _outcome(answers[line.key])) for line in lines)
+        log.truncate(0)
+    recorder.tell_failures()
     return {
         "output": str(output),
         "total": len(lines),
         "asked": len(open_lines),
         "resumed": len(lines) - len(open_lines),
-        "failed": len(failed),
+        "failed": len(recorder.failed),
+        "removed": len(found.removed),
         "total_s": round(time.monotonic() - began_s, 3),
     }
 
 
 def read_lines(source: Path, sampling: SamplingParams, model: str) -> list[BatchLine]:
-    """The prompts of a file.
+    """The prompts of a file, or of stdin.
 
     Raises:
         InvalidValueError: the file is no UTF-8, or a line is no prompt; names the line.
     """
+    name = "stdin" if source == STDIN else str(source)
+    data = sys.stdin.buffer.read() if source == STDIN else source.read_bytes()
     try:
-        texts = source.read_text(encoding="utf-8").splitlines()
+        texts = data.decode("utf-8").split("\n")  # JSON may hold what else splitlines() splits at
     except UnicodeDecodeError as error:
-        raise InvalidValueError(f"{source} is not UTF-8: {error.reason}; save it as UTF-8") from error
+        raise InvalidValueError(f"{name} is not UTF-8: {error.reason}; save it as UTF-8") from error
     lines: list[BatchLine] = []
+    seen: Counter[str] = Counter()
     for number, text in enumerate(texts, 1):
         if text.strip():
             try:
-                lines.append(_read_line(len(lines), text, sampling, model))
+                lines.append(_read_line(len(lines), text, sampling, model, seen))
             except (InvalidValueError, json.JSONDecodeError) as error:
                 said = error.msg if isinstance(error, json.JSONDecodeError) else error.message
-                raise InvalidValueError(f"{source} line {number}: {said}") from error
+                raise InvalidValueError(f"{name} line {number}: {said}") from error
     return lines
 
 
-def _read_line(index: int, text: str, sampling: SamplingParams, model: str) -> BatchLine:
+def _check_file(path: Path) -> None:
+    check_output(path, "--output")
+    if not is_regular(path):
+        raise InvalidValueError(
+            f"--output {path} is no regular file: a later run could not read its answers again; give a file"
+        )
+
+
+def _read_line(index: int, text: str, sampling: SamplingParams, model: str, seen: Counter[str]) -> BatchLine:
     raw = json.loads(text)
     item = {"prompt": raw} if isinstance(raw, str) else raw
     if not isinstance(item, dict) or "prompt" not in item:
@@ -117,36 +122,63 @@ def _read_line(index: int, text: str, sampling: SamplingParams, model: str) -> B
     if not isinstance(prompt, (str, tuple)):
         raise InvalidValueError(f"prompt must be a string or a list of token ids, got {prompt!r}")
     chosen = sampling.changed(own)
-    asked = json.dumps([index, prompt, dataclasses.asdict(chosen), item.get("id"), model], sort_keys=True)
-    return BatchLine(index, prompt, chosen, item.get("id"), hashlib.sha256(asked.encode()).hexdigest()[:16])
+    words = _digest([prompt, item.get("id"), own])
+    key = _digest([words, seen[words]])
+    seen[words] += 1
+    asked = json.loads(json.dumps({"model": model, **chosen.given()}))
+    former = _digest([index, prompt, dataclasses.asdict(chosen), item.get("id"), model])
+    return BatchLine(index, prompt, chosen, item.get("id"), key, asked, former)
+
+
+def _digest(value: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Recorder:
-    """Writes what comes as it comes, and says how far it is."""
+    """Writes what comes as it comes, and says how far it is.
 
-    def __init__(
-        self,
-        lines: list[BatchLine],
-        log: TextIO,
-        answers: dict[str, dict[str, Any]],
-        failed: dict[str, dict[str, Any]],
-    ) -> None:
-        self._lines, self._log, self._answers, self._failed = lines, log, answers, failed
+    Args:
+        lines: what is asked.
+        log: gets each completion.
+        answers: gets them too, by key.
+    """
+
+    def __init__(self, lines: list[BatchLine], log: TextIO, answers: dict[str, Answer]) -> None:
+        self._lines, self._log, self._answers = lines, log, answers
+        self._errors: list[MinitronClientError] = []
+        self.failed: dict[str, Answer] = {}
+        """What ended in an error, by key."""
         self._began_s = self._told_s = time.monotonic()
 
     def __call__(self, progress: BatchProgress) -> None:
-        line = self._lines[progress.index]
-        answer = _answer(line, progress.result)
-        if isinstance(progress.result, Completion):
-            self._answers[line.key] = answer
-            _append(self._log, answer)
+        line, result = self._lines[progress.index], progress.result
+        if isinstance(result, Completion):
+            self._answers[line.key] = {"completion": dataclasses.asdict(result)}
+            self._log.write(_json_line(_head(line) | self._answers[line.key]))
+            self._log.flush()
         else:
-            self._failed[line.key] = answer
+            self.failed[line.key] = {"error": _error(result)}
+            self._errors.append(result)
         now_s = time.monotonic()
         if now_s - self._told_s >= _PROGRESS_INTERVAL_S or progress.done == progress.total:
             self._told_s, rate = now_s, progress.done / max(now_s - self._began_s, 1e-9)
             counts = f"{progress.done} of {progress.total} done, {progress.failed} failed"
             print(f"minitron: {counts}, {rate:.1f} a second", file=sys.stderr)
+
+    def tell_failures(self) -> None:
+        """The commonest reason in one line, where there is one."""
+        if not self._errors:
+            return
+        kinds = Counter((type(error), error.message) for error in self._errors)
+        (kind, message), count = kinds.most_common(1)[0]
+        error = next(one for one in self._errors if (type(one), one.message) == (kind, message))
+        of_them = "" if count == len(self._errors) else f", {count} of them so"
+        advice = "" if isinstance(error, StreamBrokenError) or not error.advice else f"{error.advice}; "
+        print(
+            f"minitron: {len(self._errors)} of {len(self._lines)} failed{of_them}: {message} [{error.code}]; "
+            f"{advice}the same command asks again for what failed",
+            file=sys.stderr,
+        )
 
 
 async def _ask(lines: list[BatchLine], record: _Recorder, options: dict[str, Any], concurrency: int) -> None:
@@ -155,64 +187,31 @@ async def _ask(lines: list[BatchLine], record: _Recorder, options: dict[str, Any
         await client.generate_batch(prompts, concurrency=concurrency, on_progress=record)
 
 
-def _answer(line: BatchLine, result: Completion | MinitronClientError) -> dict[str, Any]:
-    head: dict[str, Any] = {"index": line.index, "key": line.key}
-    if line.item_id is not None:
-        head["id"] = line.item_id
-    if isinstance(result, Completion):
-        return {**head, "completion": dataclasses.asdict(result)}
-    error = {
-        "type": type(result).__name__, "code": result.code, "message": result.message,
-        "retryable": result.retryable, "request_id": result.request_id,
+def _head(line: BatchLine) -> Answer:
+    head: Answer = {"index": line.index, "key": line.key, "asked": line.asked}
+    return head if line.item_id is None else {**head, "id": line.item_id}
+
+
+def _outcome(answer: Answer) -> Answer:
+    return {name: value for name, value in answer.items() if name in ("completion", "error")}
+
+
+def _error(error: MinitronClientError) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__, "code": error.code, "message": error.message,
+        "retryable": error.retryable, "request_id": error.request_id,
     }  # fmt: skip
-    return {**head, "error": error}
 
 
-def _read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """The completions in a file of ours by key; errors are left out, because they are asked again.
-
-    Raises:
-        InvalidValueError: the file is not one of ours.
-    """
-    return {answer["key"]: answer for answer in _read_objects(path) if "completion" in answer}
-
-
-def _read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, text in enumerate(texts, 1):
-        try:
-            answer = json.loads(text) if text.strip() else None
-        except json.JSONDecodeError:
-            if number == len(texts):  # cut off when the run was killed
-                return
-            answer = "no JSON"
-        if answer is None:
-            continue
-        if not isinstance(answer, dict) or "key" not in answer:
-            raise InvalidValueError(
-                f"{path} line {number} is not an answer of this command; give another --output, or remove it"
-            )
-        yield answer
+def _keep_removed(path: Path, answers: Sequence[Answer]) -> None:
+    """What was generated is not thrown away with its line."""
+    if answers:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(_json_line(answer) for answer in answers)
+        print(
+            f"minitron: {len(answers)} completions of lines that have gone: moved to {path}", file=sys.stderr
+        )
 
 
-def _drop_cut_line(path: Path) -> None:
-    """Take away the last line where a killed run has left it unfinished."""
-    if path.exists():
-        with path.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _append(log: TextIO, answer: dict[str, Any]) -> None:
-    log.write(json.dumps(answer) + "\n")
-    log.flush()
-
-
-def _write_whole(output: Path, answers: list[dict[str, Any]]) -> None:
-    temporary = output.with_name(f"{output.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(answer) + "\n" for answer in answers)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(output)
+def _json_line(answer: Answer) -> str:
+    return json.dumps(answer) + "\n"

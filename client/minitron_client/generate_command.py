@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minitron_client.client import MinitronClient
 from minitron_client.connection_flags import add_connection_flags, client_options
-from minitron_client.errors import InvalidValueError
+from minitron_client.errors import InvalidValueError, MinitronClientError, StreamBrokenError
 from minitron_client.flag_types import UsageError, integer
 from minitron_client.results import Completion
 from minitron_client.sampling import SamplingParams
@@ -31,11 +31,11 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group("many prompts")
     many.add_argument(
         "--batch", type=Path, metavar="FILE.jsonl",
-        help='a prompt a line: "text", or {"prompt": …, "id": …, "max_tokens": …}',
+        help='a prompt a line: "text", or {"prompt": …, "id": …, "max_tokens": …}; - reads stdin',
     )  # fmt: skip
     many.add_argument(
         "--output", type=Path, metavar="FILE.jsonl",
-        help="an answer a line, in the same order; run again, only what is missing is asked",
+        help="an answer a line, in the same order; run again, only what is missing or failed is asked",
     )  # fmt: skip
     many.add_argument(
         "--concurrency", type=integer(1), default=DEFAULT_CONCURRENCY, metavar="N",
@@ -60,11 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_batch(args, sampling)
     prompt = _prompt(args)
     with MinitronClient(**client_options(args)) as client:
-        completion = (
-            _print_stream(client, prompt, sampling)
-            if args.stream
-            else client.generate(prompt, sampling=sampling)
-        )
+        completion = _generate(client, prompt, sampling, is_streamed=args.stream)
         url = client.url
     if not args.stream and not args.json:
         print(completion.text)
@@ -106,11 +102,34 @@ def _run_batch(args: argparse.Namespace, sampling: SamplingParams) -> int:
     return 1 if report["failed"] else 0
 
 
+def _generate(
+    client: MinitronClient, prompt: str, sampling: SamplingParams, *, is_streamed: bool
+) -> Completion:
+    try:
+        if is_streamed:
+            return _print_stream(client, prompt, sampling)
+        return client.generate(prompt, sampling=sampling)
+    except StreamBrokenError as error:  # its own advice is for who holds the stream
+        cut = "the text ends where it broke off; " if is_streamed else ""
+        raise StreamBrokenError(
+            error.message,
+            code=error.code,
+            request_id=error.request_id,
+            advice=f"{cut}ask again for the whole",
+        ) from error
+
+
 def _print_stream(client: MinitronClient, prompt: str, sampling: SamplingParams) -> Completion:
     with client.stream(prompt, sampling=sampling) as stream:
-        for chunk in stream:
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
+        is_begun = False
+        try:
+            for chunk in stream:
+                is_begun = sys.stdout.write(chunk.text) > 0 or is_begun
+                sys.stdout.flush()
+        except MinitronClientError:
+            if is_begun:
+                print()  # what is said next has a line of its own
+            raise
         print()
         return stream.final()
 

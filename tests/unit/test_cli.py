@@ -202,3 +202,64 @@ def test_a_container_for_an_engine_that_a_cpu_has_not_is_refused(
     assert main(words) == 1
     assert "--container with --arch cpu; a CPU has no engine to build" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+# --- stdout that is closed, gone or full ---
+
+
+def with_streams(redirections: str, *argv: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """The command by a shell that closes or redirects its streams."""
+    code = code or "import sys; from minitron_build.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = f'exec "$@" {redirections}'
+    return subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, "-c", code, *argv],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_a_closed_stdout_is_refused_before_any_work(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    for argv in (
+        ("generate", "hi", "--url", "127.0.0.1:1"),
+        ("models", "--url", "127.0.0.1:1"),
+        ("build", "--arch", "cpu", "--checkpoint", "demo", "--output-dir", str(bundle)),
+    ):
+        answer = with_streams(">&-", *argv)
+        assert answer.returncode == 1
+        assert answer.stderr.splitlines() == [
+            "minitron: stdout is closed, and the result would be lost; open it, or give >/dev/null"
+        ]
+    assert not bundle.exists()
+
+
+def test_closed_stdin_and_stderr_do_not_get_in_the_way() -> None:
+    answer = with_streams("<&- 2>&-", "models", "--url", "127.0.0.1:1")
+    assert (answer.returncode, answer.stdout, answer.stderr) == (1, "", "")
+    assert with_streams("<&- 2>&-", "--version").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("BrokenPipeError()", []),
+        (
+            "OSError(28, 'No space left on device')",
+            ["minitron: stdout: No space left on device; the result is not whole: check the space behind it"],
+        ),
+    ],
+)
+def test_a_result_that_does_not_arrive_is_a_failure(error: str, said: list[str]) -> None:
+    code = f"""
+import sys
+from minitron_build.cli import main
+class Full(type(sys.stdout)):
+    def flush(self):
+        raise {error}
+sys.stdout = Full(open(1, "wb", closefd=False, buffering=0))
+code = main(["--version"])
+sys.stdout = sys.__stdout__
+sys.exit(code)
+"""
+    answer = with_streams("", code=code)
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines() == said

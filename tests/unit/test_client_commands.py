@@ -1,15 +1,12 @@
-"""The client's commands before a server in-process: files of prompts, the REPL, models, health."""
+"""The client's commands before a server in-process: generate, the REPL, models, health."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
-import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,16 @@ import pytest
 from fake_triton import FakeTriton, failure, reply, serving_fake, until_cancelled
 from minitron_build.cli import main
 from minitron_client import (
-    InvalidValueError,
+    InvalidRequestError,
     MinitronClient,
     SamplingParams,
     ServerConnectionError,
+    StreamBrokenError,
     generate_command,
     health_command,
     models_command,
     repl_command,
 )
-from minitron_client.batch_file import read_lines
 from minitron_client.flag_types import UsageError
 from minitron_client.repl_command import Repl
 
@@ -62,143 +59,7 @@ def upper(request: Any, context: Any) -> Iterator[Any]:
         yield reply(text_of(request).upper(), is_final=True, finish_reason="stop")
 
 
-# --- files of prompts ---
-
-
-def batch(folder: Path, *lines: object) -> tuple[str, ...]:
-    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return ("--batch", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl"))
-
-
-def answers(folder: Path) -> list[Any]:
-    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-
-
-def test_a_file_of_prompts_becomes_a_file_of_answers_in_the_same_order(
-    fake: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake.script = upper
-    two = {"prompt": "two", "id": "b", "max_tokens": 3}
-    flags = batch(tmp_path, "one", two, *(f"p{n}" for n in range(30)))
-    assert run(generate_command, *flags, "--max-tokens", "7", "--concurrency", "4") == 0
-    made = answers(tmp_path)
-    assert [answer["completion"]["text"] for answer in made] == ["ONE", "TWO", *(f"P{n}" for n in range(30))]
-    assert [answer["index"] for answer in made] == list(range(32))
-    assert [answer.get("id") for answer in made[:3]] == [None, "b", None]
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {name: report[name] for name in ("total", "asked", "resumed", "failed")} == {
-        "total": 32,
-        "asked": 32,
-        "resumed": 0,
-        "failed": 0,
-    }
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
-
-
-def test_what_failed_is_told_and_asked_again(fake: FakeTriton, tmp_path: Path) -> None:
-    fake.script = upper
-    flags = batch(tmp_path, "one", "bad two", "three")
-    assert run(generate_command, *flags) == 1
-    error = answers(tmp_path)[1]["error"]
-    assert (error["type"], error["code"], error["message"]) == (
-        "InvalidRequestError",
-        "INVALID_ARGUMENT",
-        "bad prompt",
-    )
-    fake.requests.clear()
-    fake.script = lambda request, context: iter([reply("fine now", is_final=True)])
-    assert run(generate_command, *flags) == 0
-    assert [text_of(request) for request in fake.requests] == ["bad two"]
-    assert [answer["completion"]["text"] for answer in answers(tmp_path)] == ["ONE", "fine now", "THREE"]
-    fake.requests.clear()
-    assert run(generate_command, *flags) == 0
-    assert fake.requests == []
-
-
-def test_a_run_that_was_killed_is_taken_up_where_it_ended(fake: FakeTriton, tmp_path: Path) -> None:
-    fake.script = upper
-    flags = batch(tmp_path, "one", "two", "three")
-    assert run(generate_command, *flags) == 0
-    whole = (tmp_path / "out.jsonl").read_text()
-    first, second, _ = whole.splitlines(keepends=True)
-    (tmp_path / "out.jsonl").unlink()
-    (tmp_path / "out.jsonl.partial").write_text(first + second[: len(second) // 2])
-    fake.requests.clear()
-    assert run(generate_command, *flags) == 0
-    assert sorted(text_of(request) for request in fake.requests) == ["three", "two"]
-    assert [answer["completion"]["text"] for answer in answers(tmp_path)] == ["ONE", "TWO", "THREE"]
-
-
-def test_an_interrupted_run_keeps_what_came(fake: FakeTriton, tmp_path: Path) -> None:
-    def script(request: Any, context: Any) -> Iterator[Any]:
-        if text_of(request) == "slow":
-            yield from until_cancelled(request, context)
-        yield from upper(request, context)
-
-    fake.script = script
-    flags = batch(tmp_path, "one", "slow", "three")
-    words = ("generate", *flags, "--concurrency", "1")
-    code = "import sys; from minitron_build.cli import main; sys.exit(main())"
-    with subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True) as process:
-        until_s = time.monotonic() + 20
-        while len(fake.requests) < 2 and time.monotonic() < until_s:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-    assert fake.cancelled.wait(5)
-    assert not (tmp_path / "out.jsonl").exists()
-    fake.script = upper
-    fake.requests.clear()
-    assert run(generate_command, *flags) == 0
-    assert sorted(text_of(request) for request in fake.requests) == ["slow", "three"]
-
-
-def test_another_question_is_asked_anew(fake: FakeTriton, tmp_path: Path) -> None:
-    fake.script = upper
-    assert run(generate_command, *batch(tmp_path, "one", "two")) == 0
-    fake.requests.clear()
-    assert run(generate_command, *batch(tmp_path, "one", "changed")) == 0
-    assert [text_of(request) for request in fake.requests] == ["changed"]
-    assert run(generate_command, *batch(tmp_path, "one", "changed"), "--max-tokens", "5") == 0
-    assert len(fake.requests) == 3
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", r"in.jsonl line 2: Expecting"),
-        ("7", r'line 2: expected a JSON string, or an object with "prompt"'),
-        ('{"text": "x"}', r'line 2: expected a JSON string, or an object with "prompt"'),
-        ('{"prompt": "x", "max_token": 3}', r"line 2: unknown sampling option max_token"),
-        ('{"prompt": "x", "temperature": 3}', r"line 2: temperature=3 has no effect"),
-        ('{"prompt": 7}', r"line 2: prompt must be a string or a list of token ids, got 7"),
-    ],
-)
-def test_a_line_that_is_no_prompt_is_refused_before_anything_is_asked(
-    fake: FakeTriton, tmp_path: Path, line: str, words: str
-) -> None:
-    (tmp_path / "in.jsonl").write_text('"one"\n' + line)
-    with pytest.raises(InvalidValueError, match=words):
-        run(generate_command, "--batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
-    assert fake.requests == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
-
-
-def test_a_foreign_file_is_not_written_over(fake: FakeTriton, tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl").write_text('{"mine": 1}\n')
-    with pytest.raises(InvalidValueError, match=r"out.jsonl line 1 is not an answer of this command"):
-        run(generate_command, *batch(tmp_path, "one"))
-    assert (tmp_path / "out.jsonl").read_text() == '{"mine": 1}\n'
-
-
-def test_lines_are_read_with_their_own_options(tmp_path: Path) -> None:
-    (tmp_path / "in").write_text('"a"\n\n{"prompt": [1, 2], "id": 7, "seed": 3}\n')
-    lines = read_lines(tmp_path / "in", SamplingParams(top_p=0.5), "m")
-    assert [(line.index, line.prompt, line.item_id, line.sampling.seed) for line in lines] == [
-        (0, "a", None, None),
-        (1, (1, 2), 7, 3),
-    ]
-    assert {line.sampling.top_p for line in lines} == {0.5}
+# --- generate ---
 
 
 @pytest.mark.parametrize(
@@ -220,6 +81,37 @@ def test_a_prompt_from_a_file(fake: FakeTriton, tmp_path: Path, capsys: pytest.C
     (tmp_path / "prompt.txt").write_text("two\nlines\n")
     assert run(generate_command, "--prompt-file", str(tmp_path / "prompt.txt")) == 0
     assert capsys.readouterr().out == "TWO\nLINES\n\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "printed", "advice"),
+    [
+        (("--stream",), "one \n", "; the text ends where it broke off; ask again for the whole ["),
+        ((), "", "; ask again for the whole ["),
+    ],
+)
+def test_a_broken_stream_says_what_the_shell_has_of_it(
+    fake: FakeTriton,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    printed: str,
+    advice: str,
+) -> None:
+    fake.script = lambda request, context: iter([reply("one ")])
+    with pytest.raises(StreamBrokenError) as caught:
+        run(generate_command, "hi", *flags)
+    assert capsys.readouterr().out == printed
+    assert advice in str(caught.value)
+    assert "stream's text" not in str(caught.value)
+
+
+def test_a_refusal_before_the_first_text_prints_nothing(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.script = upper
+    with pytest.raises(InvalidRequestError, match="bad prompt"):
+        run(generate_command, "bad", "--stream")
+    assert capsys.readouterr().out == ""
 
 
 # --- the REPL ---
