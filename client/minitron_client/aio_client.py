@@ -13,10 +13,12 @@ import logging
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from minitron_client._triton import Headers, small_call_error
+from minitron_client._triton import Headers, messages, small_call_error
 from minitron_client.batch import Batch, BatchProgress, PlainPrompt, Prompt
 from minitron_client.endpoints import EndpointPool
 from minitron_client.errors import (
@@ -75,6 +77,9 @@ class AsyncMinitronClient:
 
     Arguments, environment and errors are those of `MinitronClient`.
     """
+
+    _is_loaded: ClassVar[bool] = False
+    """grpc has been imported."""
 
     def __init__(
         self,
@@ -245,6 +250,7 @@ class AsyncMinitronClient:
             await connection.close()
 
     async def __aenter__(self) -> AsyncMinitronClient:
+        await self._load()
         return self
 
     async def __aexit__(
@@ -313,6 +319,7 @@ class AsyncMinitronClient:
         limit_s: float,
     ) -> _T:
         """What is asked of a server once, with one question for all that wait."""
+        await self._load()
         self._connection(key[0])  # refuses after close()
         if key in known:
             return known[key]
@@ -337,6 +344,17 @@ class AsyncMinitronClient:
         self._asking.pop(key, None)
         if not task.cancelled():
             task.exception()  # seen: those who asked may have left
+
+    async def _load(self) -> None:
+        """Import grpc beside the event loop, which would stand still for half a second."""
+        if AsyncMinitronClient._is_loaded:
+            return
+        pool = ThreadPoolExecutor(1)  # its own: the loop's would keep a thread for ever
+        try:
+            await asyncio.get_running_loop().run_in_executor(pool, _import_grpc)
+        finally:
+            pool.shutdown(wait=False)
+        AsyncMinitronClient._is_loaded = True
 
     def _connection(self, url: str) -> AioConnection:
         loop = asyncio.get_running_loop()
@@ -505,6 +523,11 @@ class AsyncTextStream:
         if self._responses is not None:
             self._responses.cancel()
             self._client._send_stop(self._exchange)
+
+
+def _import_grpc() -> None:
+    import_module("minitron_client._aio")
+    messages()
 
 
 async def _stop(connection: AioConnection, request: InferRequest, headers: Headers) -> None:

@@ -90,6 +90,7 @@ class Exchange:
         self._policy = RetryPolicy(settings.max_retries)
         self._num_failed = 0
         self._started_s = time.monotonic()
+        self._sent_s: float | None = None  # of the first attempt: metadata and connection came before it
         self._ttft_s: float | None = None
         self._total_s: float | None = None  # set at the end, whichever end it is
         self._lock = new_lock()
@@ -172,7 +173,7 @@ class Exchange:
             self._builder.text_of = tokenizer.stream()
         if not isinstance(prompt, str):
             self._builder.set_input_tokens(len(prompt))
-        return text_request(
+        made = text_request(
             metadata,
             prompt,
             sampling,
@@ -180,6 +181,8 @@ class Exchange:
             is_streaming=self._is_streaming,
             end_ids=end_ids,
         )
+        self._sent_s = time.monotonic() if self._sent_s is None else self._sent_s
+        return made
 
     def take(self, response: InferResponse) -> Chunk | None:
         """One response; None where it holds nothing new.
@@ -189,7 +192,7 @@ class Exchange:
         """
         chunk = self._builder.add(response)
         if self._ttft_s is None and self._is_streaming and chunk is not None and self._has_token(chunk):
-            self._ttft_s = self._elapsed_s()
+            self._ttft_s = self._since_sent_s()
         return chunk
 
     def pause_before_retry_s(self, error: MinitronClientError) -> float | None:
@@ -211,7 +214,7 @@ class Exchange:
         with self._lock:
             if self.has_ended:
                 return False
-            self._total_s = self._elapsed_s()
+            self._total_s = self._since_sent_s()
             self.has_ended = True
         return True
 
@@ -240,7 +243,7 @@ class Exchange:
 
     def completion(self) -> Completion:
         """What came, as one completion."""
-        total_s = self._total_s if self._total_s is not None else self._elapsed_s()
+        total_s = self._total_s if self._total_s is not None else self._since_sent_s()
         return self._builder.completion(Timings(total_s, self._ttft_s), self.request_id)
 
     def _has_token(self, chunk: Chunk) -> bool:
@@ -248,6 +251,9 @@ class Exchange:
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._started_s
+
+    def _since_sent_s(self) -> float:
+        return time.monotonic() - (self._started_s if self._sent_s is None else self._sent_s)
 
 
 def chosen_sampling(sampling: SamplingParams | None, options: dict[str, object]) -> SamplingParams:

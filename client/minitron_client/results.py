@@ -41,7 +41,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds as the client saw them, from the moment the request was sent.
+    """Seconds as the client saw them, from the moment the request was sent for the first time.
+
+    What came before (imports, connecting, the model's metadata) is in none of them; what failed and was sent
+    again is.
 
     Attributes:
         total_s: to the end of the answer.

@@ -123,8 +123,7 @@ def test_greedy_continuations_equal_transformers(checkpoints: dict[tuple[int, in
         ("[[1], []]", (), "sequence 1: the sequence is empty"),
         ("[[512]]", (), "token id 512; expected ids from 0 to 511"),
         ("[[-1]]", (), "token id -1"),
-        ("[[1]]", ("--top-k", "0"), "--top-k: 0; expected a number from 1 to 512"),
-        ("[[1]]", ("--top-k", "513"), "--top-k: 513"),
+        ("[[1]]", ("--top-k", "513"), "--top-k: 513; expected a number from 1 to 512"),
         (json.dumps([[1] * 131073]), (), "131073 tokens; expected at most 131072"),
     ],
 )

@@ -10,6 +10,8 @@ import logging
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -531,6 +533,47 @@ async def test_a_cancelled_task_cancels_on_the_server_and_leaves_no_task(fake: F
     assert soon(lambda: fake.stopped_ids == [fake.requests[0].id])
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def test_timings_begin_when_the_request_is_sent_and_count_what_failed(
+    fake: FakeTriton, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = fake.ModelMetadata
+
+    def slow_metadata(request: Any, context: Any) -> Any:
+        time.sleep(1.0)
+        return told(request, context)
+
+    def slow_failure(request: Any, context: Any) -> Iterator[Any]:
+        fake.script = lambda request, context: iter([reply("ok", is_final=True)])
+        time.sleep(1.0)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        yield
+
+    monkeypatch.setattr(fake, "ModelMetadata", slow_metadata)
+    with make(fake.url) as client:
+        assert client.generate("hi").timings.total_s < 0.9
+        fake.script = slow_failure
+        assert client.generate("hi").timings.total_s > 1.0
+
+
+def test_the_event_loop_goes_on_while_grpc_is_imported(fake: FakeTriton) -> None:
+    program = """
+import asyncio, sys, threading
+seen = {}
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        seen.setdefault(name, threading.current_thread() is threading.main_thread())
+sys.meta_path.insert(0, Watch())
+from minitron_client import AsyncMinitronClient
+async def main():
+    print(await AsyncMinitronClient(sys.argv[1]).generate("hi"))
+asyncio.run(main())
+print([seen[name] for name in ("grpc", "grpc.aio", "tritonclient.grpc")])
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, fake.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[False, False, False]"
 
 
 async def test_closing_while_many_run_takes_a_second_at_most_and_fails_them_all(fake: FakeTriton) -> None:
