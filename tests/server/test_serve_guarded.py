@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import trustme
 from triton_calls import post
 from triton_repos import serving
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from door_process import door_process
 from minitron_build.bundle.bundle import Bundle
 from minitron_build.serving.supervisor import POLL_INTERVAL_S
 from minitron_build.serving.triton_server import free_ports
@@ -138,6 +140,22 @@ def test_caller_without_a_certificate_or_with_a_strangers_is_refused(guarded: Gu
             pytest.raises(ServerConnectionError),
         ):
             client.generate("x", max_tokens=1, timeout_s=5)
+
+
+@pytest.mark.parametrize(("key", "code"), [(API_KEY, 200), ("another-key-of-this-length", 503)])
+def test_an_openai_door_is_ready_where_its_key_is_right(
+    guarded: Guarded, key: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITRON_API_KEY", key)
+    for name, file in (("CA", "ca.pem"), ("CERT", "client.pem"), ("KEY", "client.key")):
+        monkeypatch.setenv(f"MINITRON_TLS_{name}_FILE", str(guarded.folder / file))
+    with door_process(guarded.document["grpc"]) as door:
+        url = door.url.removesuffix("/v1")
+        assert httpx.get(f"{url}/health", timeout=20, trust_env=False).status_code == code
+        answer = httpx.post(
+            f"{door.url}/completions", json={"prompt": "x", "max_tokens": 1}, timeout=20, trust_env=False
+        )
+        assert answer.status_code == (200 if code == 200 else 502)
 
 
 def test_http_takes_the_same_key_and_stays_on_loopback(guarded: Guarded) -> None:

@@ -57,6 +57,8 @@ class PlayingClient:
     calls: list[Call] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     is_ready: bool = True
+    health_error: MinitronClientError | None = None
+    parameters_error: MinitronClientError | None = None
 
     def stream(
         self,
@@ -87,7 +89,14 @@ class PlayingClient:
         ) as stream:
             return await stream.final()
 
+    async def parameters(self, model: str | None = None) -> dict[str, str]:
+        if self.parameters_error is not None:
+            raise self.parameters_error
+        return {}
+
     async def health(self) -> Health:
+        if self.health_error is not None:
+            raise self.health_error
         return Health(live=True, ready=self.is_ready, models={MODEL: self.is_ready})
 
 

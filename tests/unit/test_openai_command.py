@@ -9,11 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import grpc
 import httpx
 import pytest
+import trustme
 
+from fake_triton import FakeTriton, serving_fake
 from minitron_build.cli import main
 from minitron_client.openai import openai_command
 from minitron_client.openai.api_keys import KEYS_VARIABLE
@@ -101,6 +107,66 @@ def test_a_process(number: signal.Signals, code: int, tmp_path: Path) -> None:
         err = process.stderr.read()
     assert "Traceback" not in err
     assert key not in err
+    assert err.splitlines()[0].endswith(
+        f"{NOBODY} cannot answer this door's requests yet: no connection to {NOBODY}: Connection refused; "
+        "check the address, and that a server is running there"
+    )
+
+
+@contextmanager
+def started(url: str) -> Iterator[tuple[str, list[str]]]:
+    """Base address of a door in a process of its own, and its stderr, whole once the block has been left."""
+    command = [sys.executable, "-c", RUN, "openai", "--url", url, "--port", "0"]
+    lines: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            yield json.loads(process.stdout.readline())["url"].removesuffix("/v1"), lines
+        finally:
+            process.terminate()
+            lines += process.stderr.read().splitlines()
+
+
+def health_of(base: str) -> tuple[int, Any]:
+    answer = httpx.get(f"{base}/health", timeout=20, trust_env=False)
+    return answer.status_code, answer.json()
+
+
+def test_a_server_that_refuses_the_doors_key_is_warned_of_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(fake: FakeTriton, request: Any, context: Any) -> Any:
+        said = "This protocol is restricted, expecting header 'triton-grpc-protocol-minitron-key'"
+        context.abort(grpc.StatusCode.UNAVAILABLE, said)
+
+    monkeypatch.setattr(FakeTriton, "ModelConfig", refuse)
+    with serving_fake() as fake, started(fake.url) as (base, lines):
+        code, said = health_of(base)
+    assert (code, said["status"]) == (503, "not ready")
+    assert said["reason"] == "the inference server refused this door's own credentials"
+    (line,) = lines
+    assert f"{fake.url} cannot answer this door's requests yet: This protocol is restricted" in line
+    assert "give api_key (MINITRON_API_KEY)" in line
+
+
+def test_a_server_that_speaks_tls_is_warned_of_in_one_line(tmp_path: Path) -> None:
+    made = trustme.CA().issue_cert("127.0.0.1")
+    pair = (made.private_key_pem.bytes(), made.cert_chain_pems[0].bytes())
+    with (
+        serving_fake(credentials=grpc.ssl_server_credentials([pair])) as fake,
+        started(fake.url) as (base, lines),
+    ):
+        assert health_of(base)[0] == 503
+    (line,) = lines
+    assert "cannot answer this door's requests yet: no connection to" in line
+    assert "MINITRON_TLS=1" in line
+
+
+def test_a_server_that_answers_is_not_warned_of() -> None:
+    with serving_fake() as fake, started(fake.url) as (base, lines):
+        assert health_of(base)[0] == 200
+    assert lines == []
 
 
 def test_which_names_the_door_answers_to() -> None:

@@ -22,7 +22,7 @@ from minitron_client.openai.reply import Reply
 from minitron_client.openai.token_texts import TokenText
 
 
-@pytest.mark.parametrize("name", ["stream", "generate", "health"])
+@pytest.mark.parametrize("name", ["stream", "generate", "health", "parameters"])
 def test_the_playing_client_is_called_as_the_real_one(name: str) -> None:
     played = inspect.signature(getattr(PlayingClient, name))
     real = inspect.signature(getattr(AsyncMinitronClient, name))

@@ -347,6 +347,43 @@ async def test_health(door: OpenDoor) -> None:
     assert answers == [(200, "ready"), (503, "not ready"), (503, "draining")]
 
 
+RESTRICTED = "This protocol is restricted, expecting header 'triton-grpc-protocol-{}-key'"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_ready"),
+    [
+        (errors.AuthError(RESTRICTED.format("minitron")), False),
+        (errors.AuthError("no access", code="PERMISSION_DENIED"), False),
+        (errors.AuthError(RESTRICTED.format("admin")), True),
+        (errors.UnsupportedError("no such call"), True),
+    ],
+)
+async def test_health_is_not_ready_where_the_server_refuses_the_doors_key(
+    door: OpenDoor, error: MinitronClientError, is_ready: bool
+) -> None:
+    door.client.parameters_error = error
+    answer = await door.http.get(f"{door.url}/health")
+    assert answer.status_code == (200 if is_ready else 503)
+    assert answer.json()["status"] == ("ready" if is_ready else "not ready")
+    assert answer.json()["server_live"] is True
+    assert answer.json()["reason"] == ("" if is_ready else api_error(error).message)
+    fault = await door.door.fault()
+    assert fault == ("" if is_ready else f"{error.message}; {error.advice}")
+
+
+async def test_health_says_why_it_is_not_ready(door: OpenDoor) -> None:
+    door.client.is_ready = False
+    assert (await door.http.get(f"{door.url}/health")).json()["reason"] == f"models not ready: {MODEL}"
+    assert await door.door.fault() == f"models not ready: {MODEL}"
+    for error in (errors.AuthError(RESTRICTED.format("probe")), errors.ProtocolError("what is this")):
+        door.client.health_error = error
+        answer = await door.http.get(f"{door.url}/health")
+        assert (answer.status_code, answer.json()["server_live"]) == (503, False)
+        assert answer.json()["reason"] == api_error(error).message
+        assert await door.door.fault() == f"{error.message}; {error.advice}"
+
+
 async def test_metrics(door: OpenDoor) -> None:
     await door.post(prompt="x")
     await door.post(prompt="x", stream=True)

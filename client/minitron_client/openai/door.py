@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from minitron_client.errors import MinitronClientError
+from minitron_client.errors import AuthError, MinitronClientError
 from minitron_client.openai.api_errors import ApiError, api_error
 from minitron_client.openai.api_keys import ApiKeys
 from minitron_client.openai.chat import DEFAULT_CHAT_TOKENS, ChatReply, check_chat
@@ -32,7 +32,9 @@ from minitron_client.openai.generation import Generation, Running, TextClient
 from minitron_client.openai.http_body import read_json_body, until_disconnect
 from minitron_client.openai.reply import DONE, Reply, sse
 from minitron_client.openai.tokenizer_source import LoadTokenizer
-from minitron_client.results import Completion
+from minitron_client.readiness import why_not_ready
+from minitron_client.results import Completion, Health
+from minitron_client.settings import API_KEY_HEADER
 
 # W3C trace context, passed on to the server where it is well formed
 TRACE_HEADERS: dict[str, re.Pattern[str]] = {
@@ -125,11 +127,35 @@ class Door:
 
     async def health(self) -> tuple[bool, dict[str, object]]:
         """Whether requests can be served now, and what is known about it."""
-        health = await self.client.health()
-        is_ready = health.ready and bool(health.models.get(self.settings.model)) and not self.is_draining
+        health, refusal = await self._look()
+        reason = api_error(refusal).message if refusal else why_not_ready(health, self.settings.model)
+        is_ready = not reason and not self.is_draining
         state = "ready" if is_ready else "draining" if self.is_draining else "not ready"
         said = {"status": state, "server_live": health.live, "server_ready": health.ready}
-        return is_ready, said | {"model": self.settings.model, "reason": health.reason}
+        return is_ready, said | {"model": self.settings.model, "reason": reason}
+
+    async def fault(self) -> str:
+        """Why requests cannot be served now and what to do, for the operator; "" where they can."""
+        health, refusal = await self._look()
+        if refusal is not None:
+            return f"{refusal.message}; {refusal.advice}"
+        reason = why_not_ready(health, self.settings.model)
+        return f"{reason}; {health.advice}" if health.advice else reason
+
+    async def _look(self) -> tuple[Health, MinitronClientError | None]:
+        """The server's state, and the error by which it turns this door itself away."""
+        health = Health(live=False, ready=False)
+        try:
+            health = await self.client.health()
+            if health.live:  # open to everybody as a rule: whether the key is right is asked elsewhere
+                await self.client.parameters(self.settings.model)
+        except AuthError as error:
+            # A configuration that is the administrator's alone, under another key, says nothing of ours.
+            is_ours = API_KEY_HEADER in error.message or "expecting header" not in error.message
+            return health, error if is_ours or not health.live else None
+        except MinitronClientError as error:
+            return health, None if health.live else error
+        return health, None
 
     def _served_name(self, fields: SamplingFields) -> str:
         names = self.settings.served_names

@@ -66,6 +66,9 @@ class TextClient(Protocol):
     async def health(self) -> Health:
         """State of the server."""
 
+    async def parameters(self, model: str | None = None) -> dict[str, str]:
+        """Parameters in a model's configuration; where text needs a key, this does too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

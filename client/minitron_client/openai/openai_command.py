@@ -19,9 +19,10 @@ from minitron_client.flag_types import UsageError, checked, integer, seconds
 from minitron_client.settings import check_urls
 
 if TYPE_CHECKING:
-    from minitron_client.openai.door import DoorSettings
+    from minitron_client.openai.door import Door, DoorSettings
     from minitron_client.openai.http_server import HttpSettings
 
+_log = logging.getLogger("minitron_client.openai")
 KEYS_VARIABLE = "MINITRON_OPENAI_API_KEY"
 DEFAULT_PORT = 9000
 DEFAULT_MODEL = "tensorrt_llm_bls"
@@ -129,6 +130,13 @@ def _origin(text: str) -> str:
     return text
 
 
+async def _warn_of_faults(door: Door, url: str) -> None:
+    """One line where the server cannot answer yet; it may come later, so the door stays open."""
+    fault = await door.fault()
+    if fault:
+        _log.warning("%s cannot answer this door's requests yet: %s", url, fault)
+
+
 async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSettings) -> signal.Signals:
     from minitron_client import AsyncMinitronClient
     from minitron_client.openai.app import make_app
@@ -150,7 +158,10 @@ async def _serve(args: argparse.Namespace, http: HttpSettings, settings: DoorSet
         with listen(http) as listening:
             address = {"url": f"{url_of(http, listening)}/v1", "models": list(settings.served_names)}
             print(json.dumps(address | {"triton": texts.url}), flush=True)
+            trying = asyncio.create_task(_warn_of_faults(door, texts.url))
             ended_by = await serve(app, http, listening, on_drain=drain, on_drain_over=door.running.end_all)
+            trying.cancel()
+            await asyncio.gather(trying, return_exceptions=True)
         await door.running.wait(_CANCEL_S)
         return ended_by
     finally:

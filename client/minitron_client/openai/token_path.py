@@ -51,6 +51,10 @@ class PromptRouter:
         """State of the server."""
         return await self._texts.health()
 
+    async def parameters(self, model: str | None = None) -> dict[str, str]:
+        """Parameters in a model's configuration."""
+        return await self._texts.parameters(model)
+
 
 class TokenPathStream:
     """A stream of ids as a stream of text.
