@@ -209,7 +209,7 @@ def _keep_removed(path: Path, answers: Sequence[Answer]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(_json_line(answer) for answer in answers)
         print(
-            f"minitron: {len(answers)} completions of lines that have gone: moved to {path}", file=sys.stderr
+            f"minitron: completions of lines that have gone: {len(answers)}, moved to {path}", file=sys.stderr
         )
 
 

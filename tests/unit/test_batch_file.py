@@ -231,7 +231,7 @@ def test_answers_of_lines_that_have_gone_are_moved_and_not_thrown_away(
     assert asked_again(fake, tmp_path, "two", "changed") == ["changed"]
     assert texts(tmp_path) == ["TWO", "CHANGED"]
     printed = capsys.readouterr()
-    assert f"2 completions of lines that have gone: moved to {tmp_path / 'out.jsonl.removed'}" in printed.err
+    assert f"completions of lines that have gone: 2, moved to {tmp_path / 'out.jsonl.removed'}" in printed.err
     assert json.loads(printed.out.splitlines()[-1])["removed"] == 2
     moved = [json.loads(line) for line in (tmp_path / "out.jsonl.removed").read_text().splitlines()]
     assert [answer["completion"]["text"] for answer in moved] == ["ONE", "THREE"]
