@@ -75,7 +75,8 @@ class HandshakeError(ServerConnectionError):
 
     default_advice = (
         "both sides must speak TLS or neither (--tls or MINITRON_TLS=1; tls=TlsConfig()), with certificates "
-        "that the other side trusts (--tls-ca, --tls-cert, --tls-key, --tls-server-name), on the gRPC port"
+        "that the other side trusts (--tls-ca, --tls-cert, --tls-key, --tls-server-name), on the gRPC port "
+        "(8001 by default; 8000 is Triton's HTTP port)"
     )
 
 

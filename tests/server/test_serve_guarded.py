@@ -158,6 +158,17 @@ def test_an_openai_door_is_ready_where_its_key_is_right(
         assert answer.status_code == (200 if code == 200 else 502)
 
 
+def test_triton_s_http_port_is_told_from_its_grpc_port(guarded: Guarded) -> None:
+    url = guarded.document["http"].removeprefix("http://")
+    with (
+        MinitronClient(url, max_retries=0) as client,
+        pytest.raises(
+            ServerConnectionError, match=r"gRPC port \(8001 by default; 8000 is Triton's HTTP port"
+        ),
+    ):
+        client.generate("x", max_tokens=1)
+
+
 def test_http_takes_the_same_key_and_stays_on_loopback(guarded: Guarded) -> None:
     path, body = (
         "/v2/models/tensorrt_llm_bls/generate",

@@ -284,7 +284,10 @@ def test_what_is_no_grpc_server_is_no_connection(make: Any, handle: Callable[[so
             client.generate("hi")
         assert time.monotonic() - began_s < 5
         assert caught.value.retryable
-        assert not client.health(timeout_s=1).live
+        health = client.health(timeout_s=1)
+        assert not health.live
+        if handle is not reset:
+            assert "gRPC port (8001 by default; 8000 is" in health.advice
 
 
 def test_a_stall_before_and_after_the_first_token_ends_at_the_deadline(fake: FakeTriton, client: Any) -> None:
