@@ -18,8 +18,8 @@ _FOREIGN_REASONS: dict[str, str] = {"None": "", "timeout": "cancelled"}
 """What NVIDIA's LLM-API model says where we say something else."""
 
 
-_FURTHER_OUTPUTS = frozenset(("output_ids", "finish_reason", "output_log_probs"))
-"""What a response may carry beside its text; most carry none of it."""
+_FURTHER_OUTPUTS = frozenset(("output_ids", "output_log_probs"))
+"""What a response carries beside its text only where it was asked for."""
 
 
 class TextOfTokens(Protocol):
@@ -198,20 +198,17 @@ def chunk_of(response: InferResponse) -> Chunk:
     text = response.string("text_output")
     if text is None:
         raise ProtocolError(f"a response without text_output; it has {', '.join(sorted(places))}")
+    told = response.string("finish_reason")
+    # Empty in all pieces but the last, and missing where the server does not tell.
+    finish_reason = _finish_reason(told) if told else None
     if _FURTHER_OUTPUTS.isdisjoint(places):
-        return Chunk(text)
-    return Chunk(
-        text=text,
-        token_ids=_ints(response, "output_ids") if "output_ids" in places else (),
-        finish_reason=_finish_reason(response) if "finish_reason" in places else None,
-        log_probs=_floats(response, "output_log_probs") if "output_log_probs" in places else (),
-    )
+        return Chunk(text, (), finish_reason)
+    return Chunk(text, _ints(response, "output_ids"), finish_reason, _floats(response, "output_log_probs"))
 
 
-def _finish_reason(response: InferResponse) -> FinishReason | None:
-    told = [str(value) for value in response.values("finish_reason") or ()]
-    reason = _FOREIGN_REASONS.get(told[0], told[0]) if told else ""
-    if not reason:  # not the last piece, or a server that does not tell
+def _finish_reason(told: str) -> FinishReason | None:
+    reason = _FOREIGN_REASONS.get(told, told)
+    if not reason:
         return None
     if reason not in FINISH_REASONS:
         raise ProtocolError(f"finish_reason is {reason!r}, expected one of {', '.join(FINISH_REASONS)}")
