@@ -205,6 +205,8 @@ class AioResponses:
             asyncio.CancelledError: the reading task was cancelled, and with it the RPC.
         """
         self._mark.end()
+        if isinstance(error, asyncio.CancelledError) and _is_task_cancelled():
+            raise error
         ends = (StopAsyncIteration, grpc.RpcError, asyncio.CancelledError)
         if self._is_cancelled and isinstance(error, ends):
             return
@@ -231,21 +233,31 @@ class AioResponses:
         if not self._call.done():
             return
         code, details = await self._call.code(), await self._call.details()
-        if details != _LOCAL_CANCELLATION:
+        # Any other code is that of a call which ended in the moment that the task was cancelled.
+        if code is grpc.StatusCode.CANCELLED and details != _LOCAL_CANCELLATION:
             raise self._reader.error(code.name, details or "") from None
 
     async def _drain(self) -> None:
         """Read on to the end of the RPC after an error, for a moment at most."""
+        reading = asyncio.create_task(self._read_on())
         try:
-            await asyncio.wait_for(self._read_on(), DRAIN_S)
-        except (grpc.RpcError, asyncio.TimeoutError) as error:
-            _log.debug("after an error the stream went on: %s", type(error).__name__)
-            self._call.cancel()
+            await asyncio.wait({reading}, timeout=DRAIN_S)  # wait_for() may lose a cancel
+        finally:
+            if not reading.done():
+                _log.debug("after an error the stream went on")
+                self._call.cancel()
+                reading.cancel()
 
     async def _read_on(self) -> None:
-        with contextlib.suppress(StopAsyncIteration):
+        with contextlib.suppress(StopAsyncIteration, grpc.RpcError):
             while True:
                 await self.next_message()
+
+
+def _is_task_cancelled() -> bool:
+    """Whether the running task is being cancelled; Python 3.10 does not tell, and the call's end decides."""
+    task = asyncio.current_task()
+    return bool(getattr(task, "cancelling", int)())
 
 
 class AioAnswer(AioResponses):

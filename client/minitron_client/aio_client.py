@@ -7,7 +7,6 @@ A thin shell: what a request is and when it is tried again is `exchange.py`'s, w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import logging
 import os
@@ -510,8 +509,11 @@ class AsyncTextStream:
             self._client._forget(self._exchange.url)
         if pause_s is None:
             return
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._left.wait(), pause_s)
+        left = asyncio.create_task(self._left.wait())
+        try:
+            await asyncio.wait({left}, timeout=pause_s)  # wait_for() may lose a cancel
+        finally:
+            left.cancel()
 
     def _abandon(self, error: MinitronClientError | None) -> None:
         """Leave the request: the caller goes, or the client is closed."""

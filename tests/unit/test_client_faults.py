@@ -6,6 +6,7 @@ Each test runs with the blocking and with the awaited client.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
@@ -49,7 +50,9 @@ from minitron_client import (
     UnavailableError,
     UnsupportedError,
 )
-from minitron_client._triton import MAX_RESPONSE_BYTES
+from minitron_client._aio import AioResponses
+from minitron_client._fork import CallMark
+from minitron_client._triton import MAX_RESPONSE_BYTES, ResponseReader
 from minitron_client.settings import API_KEY_HEADER
 
 pytestmark = pytest.mark.unit
@@ -577,6 +580,58 @@ print([seen[name] for name in ("grpc", "grpc.aio", "tritonclient.grpc")])
     command = [sys.executable, "-W", "ignore", "-c", program, fake.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[False, False, False]"
+
+
+class EndedCall:
+    """A call that has ended well while its reader waits for the last word of it."""
+
+    def __aiter__(self) -> EndedCall:
+        return self
+
+    async def __anext__(self) -> Any:
+        await asyncio.Event().wait()
+
+    def done(self) -> bool:
+        return True
+
+    async def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.OK
+
+    async def details(self) -> str:
+        return ""
+
+    def cancel(self) -> None:
+        """Nothing runs any more."""
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a task does not tell that it is being cancelled")
+async def test_a_cancelled_task_ends_though_the_call_ends_in_the_same_moment(is_left: bool) -> None:
+    responses = AioResponses(EndedCall(), ResponseReader("u:1", "id", 1.0), CallMark())
+    task = asyncio.create_task(responses.read())
+    await asyncio.sleep(0)
+    if is_left:
+        responses.cancel()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_tasks_that_stream_in_a_loop_end_when_they_are_cancelled(fake: FakeTriton) -> None:
+    async def stream_for_ever(client: AsyncMinitronClient) -> None:
+        while True:
+            with contextlib.suppress(MinitronClientError):
+                async with client.stream("hi") as stream:
+                    await stream.final()
+
+    async with AsyncMinitronClient(fake.url) as client:
+        for turn in range(60):
+            tasks = [asyncio.create_task(stream_for_ever(client)) for _ in range(8)]
+            await asyncio.sleep(0.0005 * turn)
+            for task in tasks:
+                task.cancel()
+            _, left = await asyncio.wait(tasks, timeout=5)
+            assert not left
 
 
 async def test_closing_while_many_run_takes_a_second_at_most_and_fails_them_all(fake: FakeTriton) -> None:
