@@ -50,6 +50,20 @@ def own_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if "_poll_wrapper" not in thread.name}
 
 
+def text_of(request: Any) -> str:
+    """The prompt of a request."""
+    names = [item.name for item in request.inputs]
+    return str(request.raw_input_contents[names.index("text_input")][4:].decode())
+
+
+def upper(request: Any, context: Any) -> Iterator[Any]:
+    """The prompt in capitals, or a refusal."""
+    if text_of(request).startswith("bad"):
+        yield failure("INVALID_ARGUMENT: bad prompt")
+    else:
+        yield reply(text_of(request).upper(), is_final=True, finish_reason="stop")
+
+
 def until_cancelled(request: Any, context: Any) -> Iterator[Any]:
     """Text for as long as the caller listens."""
     for number in range(10_000):

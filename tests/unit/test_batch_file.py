@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from fake_triton import FakeTriton, failure, reply, serving_fake, until_cancelled
+from fake_triton import FakeTriton, failure, reply, serving_fake, text_of, until_cancelled, upper
 from minitron_build.cli import main
 from minitron_client import InvalidValueError, SamplingParams, generate_command
 from minitron_client.batch_answers import locked
@@ -43,19 +43,6 @@ def run(module: Any, *words: str) -> int:
     parser = argparse.ArgumentParser()
     module.configure_parser(parser)
     return int(module.run(parser.parse_args(words)))
-
-
-def text_of(request: Any) -> str:
-    names = [item.name for item in request.inputs]
-    return str(request.raw_input_contents[names.index("text_input")][4:].decode())
-
-
-def upper(request: Any, context: Any) -> Iterator[Any]:
-    """The prompt in capitals, or a refusal."""
-    if text_of(request).startswith("bad"):
-        yield failure("INVALID_ARGUMENT: bad prompt")
-    else:
-        yield reply(text_of(request).upper(), is_final=True, finish_reason="stop")
 
 
 def names(folder: Path) -> list[str]:
