@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from minitron_client.aio_client import AsyncMinitronClient
 from minitron_client.batch import BatchProgress, Prompt
@@ -27,6 +27,8 @@ from minitron_client.results import Completion
 from minitron_client.sampling import SamplingParams
 
 STDIN = Path("-")
+MAX_BATCH_BYTES = 2**30
+"""Some millions of prompts; a device that never ends is refused by it before the memory is full."""
 _PROGRESS_INTERVAL_S = 1.0
 
 
@@ -80,14 +82,28 @@ def complete_file(
     }
 
 
+def _read_file(source: Path) -> bytes:
+    with source.open("rb") as file:
+        return _read_bytes(file, str(source))
+
+
+def _read_bytes(file: BinaryIO, name: str) -> bytes:
+    data = file.read(MAX_BATCH_BYTES + 1)
+    if len(data) > MAX_BATCH_BYTES:
+        raise InvalidValueError(
+            f"{name} holds more than {MAX_BATCH_BYTES >> 20} MiB; split it into several files"
+        )
+    return data
+
+
 def read_lines(source: Path, sampling: SamplingParams, model: str) -> list[BatchLine]:
     """The prompts of a file, or of stdin.
 
     Raises:
-        InvalidValueError: the file is no UTF-8, or a line is no prompt; names the line.
+        InvalidValueError: the file is too large or no UTF-8, or a line is no prompt; names the line.
     """
     name = "stdin" if source == STDIN else str(source)
-    data = sys.stdin.buffer.read() if source == STDIN else source.read_bytes()
+    data = _read_bytes(sys.stdin.buffer, name) if source == STDIN else _read_file(source)
     try:
         texts = data.decode("utf-8").split("\n")  # JSON may hold what else splitlines() splits at
     except UnicodeDecodeError as error:

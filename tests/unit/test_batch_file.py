@@ -442,3 +442,16 @@ def test_where_there_are_no_locks_it_is_said(
     assert run(generate_command, *batch(tmp_path, "one")) == 0
     assert "no locks here (Function not implemented); keep other runs away" in capsys.readouterr().err
     assert texts(tmp_path) == ["ONE"]
+
+
+@pytest.mark.parametrize("source", ["lines.jsonl", "-"])
+def test_prompts_without_an_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr("minitron_client.batch_file.MAX_BATCH_BYTES", 2**20)
+    (tmp_path / "lines.jsonl").write_bytes(bytes(2**20 + 1))
+    with (tmp_path / "lines.jsonl").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        path = Path("-") if source == "-" else tmp_path / source
+        with pytest.raises(InvalidValueError, match="holds more than 1 MiB; split it"):
+            read_lines(path, SamplingParams(), "m")

@@ -251,7 +251,7 @@ def test_container_build(machine: GpuMachine, checkpoint_dir: Path, tmp_path: Pa
     assert f"{checkpoint_dir}:/checkpoint:ro" in argv
     assert argv[argv.index("--user") + 1] == f"{os.getuid()}:{os.getgid()}"
     inside = argv[argv.index(str(plan.container)) + 1 :]
-    assert inside[:5] == ["trtllm-build", "--checkpoint_dir", "/checkpoint", "--output_dir", "/work/engine"]
+    assert inside[:5] == ["trtllm-build", "--checkpoint_dir", "/checkpoint", "--output_dir", "/output/engine"]
     assert inside[5:-2] == list(plan.trtllm_build_argv[5:])
     assert EngineRecord.load(engine_dir).container == plan.container
     kept = list((machine.root / "cache").rglob("*.cache"))
@@ -293,7 +293,7 @@ def test_remaining_work_is_complete_and_its_engine_is_taken(
         assert work.as_dict()[kind] == list(getattr(work, kind))
         printed = next(line for line in work.lines() if line.strip() == shlex.join(getattr(work, kind)))
         if kind == "container":
-            printed = printed.replace("--workdir /tmp", "--workdir /work")  # the stand-in has no /tmp apart
+            printed = printed.replace("--workdir /tmp", "--workdir /output")  # the stand-in has no /tmp apart
         subprocess.run(printed, shell=True, check=True, cwd=machine.root, executable="/bin/bash")
         config = finished_engine(plan, checkpoint_dir, engine_dir)
         assert config == EngineConfig.read(engine_dir)

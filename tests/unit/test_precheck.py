@@ -253,7 +253,7 @@ def test_container_without_docker_ends_with_the_command(
     argv = shlex.split(missing[missing.index("docker run") :])
     assert f"{tmp_path}/checkpoint:/checkpoint:ro" in argv
     assert argv[argv.index(str(plan.container)) + 1 :][:5] == [
-        *("trtllm-build", "--checkpoint_dir", "/checkpoint", "--output_dir", "/work/engine")
+        *("trtllm-build", "--checkpoint_dir", "/checkpoint", "--output_dir", "/output/engine")
     ]
 
 

@@ -57,7 +57,7 @@ _PROBE = (
     "[print(name, found.version) for name in sys.argv[1:] for found in distributions(name=name)]"
 )
 _POST_RELEASE = re.compile(r"\.post\d+$")
-CHECKPOINT_MOUNT, WORK_MOUNT = "/checkpoint", "/work"
+CHECKPOINT_MOUNT, WORK_MOUNT = "/checkpoint", "/output"
 CONTAINER_FLAGS = (
     *("--rm", "--init", "--gpus", "all", "--ipc", "host"),
     # NVIDIA's own advice for its TensorRT-LLM images.
